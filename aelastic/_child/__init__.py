@@ -1,0 +1,1 @@
+"""What runs inside workers: standard library only, nothing of the supervisor's is imported here."""

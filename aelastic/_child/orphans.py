@@ -1,0 +1,335 @@
+"""What a dead supervisor left behind: finding it, ending it, saying so. The standard library only.
+
+Used by the guard alone, which tells it of runs and workers. Every process is signalled through a pidfd of its own that
+was opened before the process was read and judged a second time: whoever got a freed pid meanwhile is never hit.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+
+from . import procfs
+from .procfs import Member
+
+PATIENCE = 5.0
+"""Seconds after the first SIGKILL until what is left is reported and left alone."""
+QUIET = 2
+"""Scans in a row that must find nothing: a process that is just being exec'd shows no environment."""
+PAUSE = 0.03
+"""Seconds between two scans at the least; a scan of a large machine is followed by a longer rest."""
+RECORDS = 1000
+"""Signals that a journal lists one by one."""
+PIDFD_SIGNAL_PROCESS_GROUP = 4
+"""Source: pidfd_send_signal(2), Linux 6.9."""
+
+
+class Leader:
+    """A worker's first process, whose pid is also the number of its group and session.
+
+    Args:
+        seen: clock ticks at which the supervisor saw it alive.
+    """
+
+    def __init__(self, rank: int, pid: int, started: int, seen: int) -> None:
+        self.rank = rank
+        self.pid = pid
+        self.until: int | None = seen
+        """Ticks until which it is known to have held its pid; None while it lives."""
+        self.fd = _open_pidfd(pid)
+        if self.fd >= 0 and procfs.started_ticks(pid) == started:
+            self.until = None
+        else:
+            self.close()
+
+    def exited(self) -> None:
+        """Note that it has ended now."""
+        self.until = procfs.now_ticks()
+
+    def claims(self, member: Member) -> bool:
+        """Whether a process in its group or session is its descendant, and not of a later owner of the number."""
+        if self.pid not in (member.group, member.session):
+            return False
+        return self.signal_group(0) or (self.until is not None and member.started < self.until)
+
+    def signal_group(self, sig: int) -> bool:
+        """Signal its group as one, also after its own end; False when nobody is in it, or the kernel can't."""
+        if self.fd < 0:
+            return False
+        try:
+            signal.pidfd_send_signal(self.fd, sig, None, PIDFD_SIGNAL_PROCESS_GROUP)
+        except PermissionError:
+            return True
+        except OSError:
+            return self.until is None and sig == 0
+        return True
+
+    def close(self) -> None:
+        """Give the descriptor back; idempotent."""
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
+
+
+class Run:
+    """A run as the supervisor described it.
+
+    Args:
+        policy: `stop`, `kill` or `keep`.
+        grace: seconds between `first` and SIGKILL.
+        first: number of the signal that asks.
+        since: clock ticks at which it began; what is older is none of it.
+        journal: path of the journal; empty when there is none.
+    """
+
+    def __init__(self, run_id: str, policy: str, grace: float, first: int, since: int, journal: bytes) -> None:
+        self.run_id = run_id
+        self.since = since
+        self.policy = policy
+        self.grace = grace
+        self.first = first
+        self.journal = journal
+        self.leaders: dict[int, Leader] = {}
+
+    def employ(self, leader: Leader) -> None:
+        """Take note of a worker; the former one of its rank, and all that came from it, is known to be gone."""
+        former = self.leaders.pop(leader.rank, None)
+        if former is not None:
+            former.close()
+        self.leaders[leader.rank] = leader
+
+    def leader_of(self, member: Member) -> Leader | None:
+        """The worker whose group or session a process is in."""
+        return next((leader for leader in self.leaders.values() if leader.claims(member)), None)
+
+    def close(self) -> None:
+        """Forget its workers."""
+        for leader in self.leaders.values():
+            leader.close()
+        self.leaders.clear()
+
+
+class Held:
+    """A process of the run, held by its pidfd so that its pid can't come to mean another."""
+
+    def __init__(self, fd: int, member: Member, rank: int | None) -> None:
+        self.fd = fd
+        self.member = member
+        self.rank = rank
+        self.sent: set[int] = set()
+        self.why = ""
+
+    def ended(self) -> bool:
+        """Whether it has ended, collected or not."""
+        if self.fd < 0:
+            now = procfs.read_member(self.member.pid, lineage=False)
+            return now is None or now.identity != self.member.identity or not now.alive
+        return _readable(self.fd, 0)
+
+    def send(self, sig: int) -> bool:
+        """Send a signal once; False when it was sent before or could not be."""
+        if sig in self.sent:
+            return False
+        self.sent.add(sig)
+        try:
+            if self.fd >= 0:
+                signal.pidfd_send_signal(self.fd, sig)
+            elif not self.ended():
+                os.kill(self.member.pid, sig)
+        except OSError as error:
+            self.why = str(error)
+            return False
+        return True
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class Orphans:
+    """Everything alive of one run, from the supervisor's death until nothing is left.
+
+    Args:
+        now: monotonic seconds at which the supervisor was seen to be dead.
+    """
+
+    def __init__(self, run: Run, now: float) -> None:
+        self.run = run
+        self.records: list[dict[str, object]] = []
+        self.over = run.policy == "keep"
+        self.kill_at = now + (run.grace if run.policy == "stop" else 0.0)
+        self._born_by = procfs.now_ticks()
+        self._held: dict[int, Held] = {}
+        self._count = 0
+        self._quiet = 0
+
+    @property
+    def fds(self) -> list[int]:
+        """The pidfds to wait on for ends."""
+        return [held.fd for held in self._held.values() if held.fd >= 0]
+
+    def strike(self, now: float) -> None:
+        """When it is time to kill, kill each worker's group as one, before anything is looked for.
+
+        A group can't fork its way out of that. What asks may be unheard by who just forks, and nothing is lost.
+        """
+        if now >= self.kill_at:
+            for leader in self.run.leaders.values():
+                leader.signal_group(signal.SIGKILL)
+
+    def step(self, now: float, everyone: list[Member]) -> None:
+        """Find what is alive and send what is due.
+
+        Args:
+            now: monotonic seconds.
+            everyone: every process of the machine, read after `strike`.
+        """
+        kill = now >= self.kill_at
+        sighted = self._find([member for member in everyone if member.started >= self.run.since])
+        for held in self._held.values():
+            if kill:
+                self._send(held, signal.SIGKILL)
+            # What began after the question is most likely somebody's way of obeying it.
+            elif held.member.started <= self._born_by:
+                self._send(held, self.run.first)
+                held.send(signal.SIGCONT)
+        # Who was seen but had ended before it could be held may have forked meanwhile.
+        self._quiet = 0 if self._held or sighted else self._quiet + 1
+        if self._quiet >= QUIET:
+            self._note("OrphansGone", processes=self._count)
+            self.over = True
+        elif now >= self.kill_at + PATIENCE:
+            self._note("SurvivorsLeft", survivors=[_survivor(held) for held in self._held.values()])
+            self.over = True
+
+    def _find(self, everyone: list[Member]) -> bool:
+        """Hold all that is ours; whether any was sighted that was not held before."""
+        for pid in [pid for pid, held in self._held.items() if held.ended()]:
+            self._held.pop(pid).close()
+        sighted, found = False, True
+        while found:  # children of what was found are ours too, whatever they made of environment and session
+            new = [member for member in everyone if self._is_new(member)]
+            sighted = sighted or bool(new)
+            found = any([self._take(member) for member in new])  # noqa: C419  # all of them, not up to the first
+        return sighted
+
+    def _is_new(self, member: Member) -> bool:
+        return member.pid not in self._held and member.alive and self._is_ours(member)
+
+    def _is_ours(self, member: Member) -> bool:
+        if member.pid == os.getpid():
+            return False
+        parent = self._held.get(member.parent)
+        return (
+            member.carries(self.run.run_id)
+            or self.run.leader_of(member) is not None
+            or (parent is not None and not parent.ended())
+        )
+
+    def _take(self, member: Member) -> bool:
+        """Hold a process, if it is still the one that was judged."""
+        fd = _open_pidfd(member.pid)
+        now = procfs.read_member(member.pid)
+        if now is None or not now.alive or now.identity != member.identity or not self._is_ours(now):
+            if fd >= 0:
+                os.close(fd)
+            return False
+        leader = self.run.leader_of(now)
+        self._held[now.pid] = Held(fd, now, leader.rank if leader else self._rank(now))
+        self._count += 1
+        return True
+
+    def _rank(self, member: Member) -> int | None:
+        """The rank that its environment names, unless that is a nested run's."""
+        if procfs.read_variable(member.pid, b"AELASTIC_RUN_ID") == self.run.run_id:
+            rank = procfs.read_variable(member.pid, b"AELASTIC_RANK")
+            return int(rank) if rank.isdecimal() else None
+        parent = self._held.get(member.parent)
+        return parent.rank if parent else None
+
+    def _send(self, held: Held, sig: int) -> None:
+        if held.send(sig) and len(self.records) < RECORDS:
+            self._note("WorkerSignaled", rank=held.rank, pid=held.member.pid, signal=int(sig), reason="orphaned")
+
+    def _note(self, event: str, **fields: object) -> None:
+        self.records.append(record(event, self.run.run_id, **fields))
+
+
+def end_all(orphans: list[Orphans]) -> None:
+    """Bring every run to its end, side by side: asked, killed after its grace, reported."""
+    while pending := [each for each in orphans if not each.over]:
+        began = time.monotonic()
+        for each in pending:
+            each.strike(began)
+        everyone = procfs.members(since=min(each.run.since for each in pending))
+        for each in pending:
+            each.step(began, everyone)
+        now = time.monotonic()
+        pauses = [max(PAUSE, 3 * (now - began)), *(each.kill_at - now for each in pending if each.kill_at > began)]
+        _wait([fd for each in pending for fd in each.fds], now + min(pauses))
+
+
+def _wait(fds: list[int], deadline: float) -> None:
+    """Wait until all processes have ended, or until the deadline; that one at least when there are none."""
+    if not fds:
+        time.sleep(max(0.0, deadline - time.monotonic()))
+    for fd in fds:
+        if not _readable(fd, max(0.0, deadline - time.monotonic())):
+            return
+
+
+def _readable(fd: int, seconds: float) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+def _open_pidfd(pid: int) -> int:
+    """A descriptor of the process; -1 when it is gone, or the kernel has no such thing."""
+    try:
+        return os.pidfd_open(pid)
+    except (OSError, AttributeError):
+        return -1
+
+
+def _survivor(held: Held) -> dict[str, object]:
+    pid = held.member.pid
+    now = procfs.read_member(pid, lineage=False)
+    channel = procfs.wait_channel(pid)
+    return {
+        "rank": held.rank,
+        "pid": pid,
+        "command": procfs.command_of(pid),
+        "state": (now.state if now else "gone") + (f" in {channel}" if channel else ""),
+        "why": held.why or f"it outlived SIGKILL for {PATIENCE:g} s",
+    }
+
+
+def record(event: str, run_id: str, **fields: object) -> dict[str, object]:
+    """A line of the journal, shaped like the events of a living supervisor."""
+    from datetime import UTC, datetime  # imported when somebody has died, to keep the boot short
+
+    at = datetime.now(UTC).isoformat()
+    return {"event": event, "at": at, "monotonic_ns": time.monotonic_ns(), "run_id": run_id, **fields}
+
+
+def write_records(journal: bytes, records: list[dict[str, object]]) -> None:
+    """Append lines to a journal, after a line that the supervisor perhaps left unfinished."""
+    import json
+
+    lines = "".join(json.dumps(each) + "\n" for each in records).encode()
+    try:
+        fd = os.open(journal, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError:  # the directory is gone: nobody is left who could be told
+        return
+    try:
+        size = os.fstat(fd).st_size
+        torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+        os.write(fd, b"\n" * torn + lines)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)

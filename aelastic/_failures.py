@@ -1,0 +1,250 @@
+"""Everything that can be raised or reported about a bad end: failures and exceptions.
+
+Values only: evidence is read elsewhere and handed in. Each exception builds its own sentence.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, final
+
+from ._exit import ExitStatus, signal_name
+
+if TYPE_CHECKING:
+    from ._results import Survivor
+
+Reason = Literal[
+    "exited",
+    "signaled",
+    "raised",
+    "no_result",
+    "result_lost",
+    "status_lost",
+    "watchdog",
+    "not_ready",
+    "start_failed",
+    "unkillable",
+    "out_of_memory",
+]
+
+WIDTH = 100
+"""Columns of a failure report."""
+TAIL_SHOWN = 12
+"""Lines of a worker's tail that a report shows; the failure holds more."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ProcessFailure:
+    """One rank's bad end, with its evidence.
+
+    Source: `torch.distributed.elastic.multiprocessing.errors.ProcessFailure`; the first seven fields are torch's.
+    """
+
+    local_rank: int
+    pid: int
+    exitcode: int
+    """As `Popen.returncode`: negative for a signal."""
+    error_file: str
+    """Path of the worker's error file; `""` when it has none."""
+    error_file_data: dict[str, Any] = field(default_factory=dict)
+    """The error file as JSON; empty when there is none or it is damaged (then `message` says so)."""
+    message: str = ""
+    """What the worker said, else what its exit says, in words."""
+    timestamp: int = 0
+    """Unix seconds, UTC; for display. Order failures by `monotonic_ns`."""
+    status: ExitStatus = field(default_factory=lambda: ExitStatus(None, None))
+    seconds: float = 0.0
+    """How long the worker lived."""
+    monotonic_ns: int = 0
+    """When it failed, on the host's monotonic clock: as its own error file says, else as the supervisor saw it."""
+    tail: tuple[str, ...] = ()
+    """The last lines of stderr, else of stdout."""
+    exception: BaseException | None = field(default=None, compare=False)
+    """A function's exception where it could be rebuilt here."""
+    reason: Reason = "exited"
+
+    @property
+    def rank(self) -> int:
+        """The same number as `local_rank`."""
+        return self.local_rank
+
+    def signal_name(self) -> str:
+        """Name of the signal that killed it; `"<N/A>"` when none did (torch's word)."""
+        return signal_name(-self.exitcode) if self.exitcode < 0 else "<N/A>"
+
+    def timestamp_isoformat(self) -> str:
+        """`timestamp` in ISO 8601, UTC."""
+        return datetime.fromtimestamp(self.timestamp, UTC).isoformat(sep="_")
+
+    def describe(self) -> str:
+        """One sentence: who, how it ended, after how long."""
+        return f"rank {self.rank} (pid {self.pid}) {self._ending()} after {_duration(self.seconds)}"
+
+    def _ending(self) -> str:
+        match self.reason:
+            case "raised":
+                return f"raised an exception and {self.status.describe()}"
+            case "no_result":
+                return f"{self.status.describe()} without handing back a result"
+            case "result_lost":
+                return "handed back a result that could not be read"
+            case "watchdog":
+                return "sent no heartbeat in time and was stopped"
+            case "not_ready":
+                return "was not ready in time"
+            case "start_failed":
+                return "could not be started"
+            case "unkillable":
+                return "outlived SIGKILL"
+            case "out_of_memory":
+                return f"{self.status.describe()}, probably by the kernel because memory ran out,"
+            case "status_lost" | "exited" | "signaled":
+                return self.status.describe()
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+class ChildFailedError(Exception):
+    """A run failed. The message shows the root cause first, within 100 columns.
+
+    Source: `torch.distributed.elastic.multiprocessing.errors.ChildFailedError`.
+
+    Args:
+        name: the run's name.
+        failures: by rank; may be empty when only survivors make it a failure.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        failures: Mapping[int, ProcessFailure],
+        *,
+        survivors: Sequence[Survivor] = (),
+        victims: Collection[int] = (),
+    ) -> None:
+        self.name = name
+        self.failures = dict(failures)
+        self.survivors = tuple(survivors)
+        self.victims = tuple(sorted(victims))
+        super().__init__(self.format_msg())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild_child_failed, (self.name, self.failures, self.survivors, self.victims))
+
+    def get_first_failure(self) -> tuple[int, ProcessFailure]:
+        """Rank and failure of the root cause.
+
+        Raises:
+            LookupError: if no rank failed (survivors alone made the run fail).
+        """
+        if not self.failures:
+            raise LookupError(f"{self.name}: no rank failed; survivors: {self.survivors}")
+        return min(self.failures.items(), key=lambda item: item[1].monotonic_ns)
+
+    def format_msg(self) -> str:
+        """The report as a person reads it."""
+        return "\n".join(self._report())
+
+    def _report(self) -> Iterable[str]:
+        if self.failures:
+            first, root = self.get_first_failure()
+            yield f"{self.name} failed: {root.describe()}"
+            yield from _evidence(root)
+            others = [failure for rank, failure in sorted(self.failures.items()) if rank != first]
+            if others:
+                yield "Failed after it:"
+                yield from (f"  {other.describe()}" for other in others)
+        else:
+            yield f"{self.name} failed: processes of it are still alive"
+        if self.victims:
+            yield f"Stopped because of it: rank {', '.join(map(str, self.victims))}"
+        for survivor in self.survivors:
+            yield f"Still alive: pid {survivor.pid} of rank {survivor.rank} ({survivor.command}): {survivor.why}"
+
+
+def _rebuild_child_failed(
+    name: str, failures: dict[int, ProcessFailure], survivors: tuple[Survivor, ...], victims: tuple[int, ...]
+) -> ChildFailedError:
+    return ChildFailedError(name, failures, survivors=survivors, victims=victims)
+
+
+def _evidence(failure: ProcessFailure) -> Iterable[str]:
+    if failure.message:
+        yield from _wrapped(failure.message.splitlines())
+    if failure.tail and failure.tail[-1] not in failure.message:
+        yield "  last output:"
+        yield from _wrapped(failure.tail[-TAIL_SHOWN:], indent="    ")
+    if failure.error_file and Path(failure.error_file).is_file():
+        yield f"  error file: {failure.error_file}"
+
+
+def _wrapped(lines: Iterable[str], indent: str = "  ") -> Iterable[str]:
+    for line in lines:
+        yield from textwrap.wrap(
+            line, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", drop_whitespace=False,
+            replace_whitespace=False, break_on_hyphens=False,
+        ) or [""]  # fmt: skip
+
+
+class SignalException(Exception):
+    """A signal arrived while its run was in the care of `forward_signals`.
+
+    Source: `torch.distributed.elastic.multiprocessing.api.SignalException`.
+    """
+
+    def __init__(self, msg: str, sigval: int) -> None:
+        super().__init__(msg)
+        self.sigval = sigval
+
+
+class RankMappingError(ValueError, RuntimeError):
+    """A mapping by rank has other keys than the ranks of the run."""
+
+    def __init__(self, what: str, *, missing: Collection[int], extra: Collection[Any], nprocs: int) -> None:
+        parts = [f"has no entry for rank {', '.join(map(str, sorted(missing)))}"] if missing else []
+        if extra:
+            parts.append(f"has entries for {', '.join(map(repr, extra))}, which are no ranks")
+        super().__init__(f"{what} {' and '.join(parts)}: its keys must be exactly the ranks 0 to {nprocs - 1}")
+        self.what = what
+        self.missing = tuple(sorted(missing))
+        self.extra = tuple(extra)
+        self.nprocs = nprocs
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild_rank_mapping, (self.what, self.missing, self.extra, self.nprocs))
+
+
+def _rebuild_rank_mapping(what: str, missing: tuple[int, ...], extra: tuple[Any, ...], nprocs: int) -> RankMappingError:
+    return RankMappingError(what, missing=missing, extra=extra, nprocs=nprocs)
+
+
+class StreamNotCaptured(LookupError):
+    """Lines were asked of a stream that doesn't pass through the supervisor."""
+
+
+class LineNotSeen(Exception):
+    """The streams ended before a line matched.
+
+    Args:
+        message: who waited for what.
+        tail: the last lines of the streams that were watched.
+    """
+
+    def __init__(self, message: str, tail: Sequence[str] = ()) -> None:
+        super().__init__(with_tail(message, tail))
+        self.tail = tuple(tail)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.args[0], ()), {"tail": self.tail})
+
+
+def with_tail(message: str, tail: Sequence[str]) -> str:
+    """A message with the last output under it."""
+    return "\n".join([message, "last output:", *(f"  {line}" for line in tail)]) if tail else message

@@ -1,0 +1,171 @@
+"""The functions of one attempt: prepared before anything starts, started, and heard to the end."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import pickle
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from typing import TYPE_CHECKING, Any, final
+
+from aelastic._child import mainmodule
+from aelastic._process import Command, Confirmation, Process, launch
+from aelastic._returned import Returned
+from aelastic._spec import LINEAGE, RunSpec
+
+from . import forking
+from .channel import CallPipe, ResultChannel
+from .server import BOOTSTRAP, ForkServer
+
+if TYPE_CHECKING:
+    from .payload import Payload  # imports multiprocessing and cloudpickle, which only functions need
+
+
+@final
+class Function:
+    """One call a rank, from pickling to its result.
+
+    Args:
+        spec: with a callable as its entrypoint.
+        payloads: by rank, owned from here on; none for `fork`.
+        program: the interpreter and its flags, without the script.
+        threads: where workers are forked.
+    """
+
+    def __init__(
+        self, spec: RunSpec, payloads: dict[int, Payload], program: tuple[str, ...], threads: Executor
+    ) -> None:
+        self._spec = spec
+        self._program = program
+        self._threads = threads
+        self._payloads = payloads
+        self._calls: dict[int, CallPipe] = {}
+        self._results = {rank: ResultChannel(spec.who(rank)) for rank in range(spec.nprocs)}
+        self._server: ForkServer | None = None
+        self.returned: dict[int, asyncio.Future[Returned]] = {
+            rank: result.returned for rank, result in self._results.items()
+        }
+        """By rank: resolved as soon as a result is there, or can't come any more."""
+
+    @classmethod
+    async def prepare(cls, spec: RunSpec, threads: Executor) -> Function:
+        """Pickle every rank's call, in a thread; nothing is pickled for `fork`.
+
+        Raises:
+            pickle.PicklingError: naming the rank, if a call can't be sent to a worker.
+            RuntimeError: if the main module that a worker is importing asked for it, or there is no interpreter.
+        """
+        mainmodule.check_not_being_prepared(spec.name)
+        if spec.start_method == "fork":
+            return cls(spec, {}, (), threads)
+        payloads, program = await asyncio.get_running_loop().run_in_executor(threads, _pickle_all, spec)
+        return cls(spec, payloads, program, threads)
+
+    async def launch(self, rank: int, base: Command) -> Process:
+        """Start a rank's worker, send it its call and wait for its result from now on.
+
+        Not to be cancelled, like `aelastic._process.launch`.
+
+        Args:
+            base: all but the program.
+
+        Raises:
+            OSError: as `aelastic._process.launch` does, and when no descriptor is left.
+        """
+        result = self._results[rank]
+        result.open()
+        match self._spec.start_method:
+            case "fork":
+                call = (_function_of(self._spec), self._spec.args[rank])
+                process = await forking.fork(call, base, result, self._threads)
+            case "forkserver":
+                process = await self._have_forked(rank, base, result)
+            case _:
+                process = await self._spawn(rank, base, result)
+        result.started()
+        process.exited.add_done_callback(lambda _: result.worker_ended())
+        return process
+
+    async def _spawn(self, rank: int, base: Command, result: ResultChannel) -> Process:
+        payload = self._payloads[rank]
+        call = self._calls[rank] = CallPipe(payload.parts(payload.descriptors, payload.tracker_fd))
+        process = await launch(
+            dataclasses.replace(
+                base,
+                argv=(*self._program, BOOTSTRAP, "work", str(call.child_fd), str(result.child_fd)),
+                pass_fds=(*base.pass_fds, call.child_fd, result.child_fd, *payload.shared),
+            )
+        )
+        payload.close()
+        call.started()
+        return process
+
+    async def _have_forked(self, rank: int, base: Command, result: ResultChannel) -> Process:
+        payload = self._payloads[rank]
+        settings = forking.settings_of(base)
+        call = self._calls[rank] = CallPipe(payload.parts((), payload.tracker_fd, settings=settings))
+        server = await self._started_server(base.env)
+        confirmation = Confirmation(base.who)
+        streams = (base.stdin, base.stdout, base.stderr)
+        fds = (*streams, call.child_fd, result.child_fd, confirmation.child_fd, *payload.shared)
+        try:
+            process = await server.fork(base, fds, confirmation)
+        except BaseException:
+            confirmation.close()
+            raise
+        confirmation.started()
+        payload.close()
+        call.started()
+        return process
+
+    async def _started_server(self, env: Mapping[str, str]) -> ForkServer:
+        if self._server is None:
+            outer = {name: value for name, value in env.items() if not name.startswith(("AELASTIC_", "TORCHELASTIC_"))}
+            own = f"{env.get('AELASTIC_RUN_ID', '')}:"
+            lineage = env.get(LINEAGE, "").removesuffix(own)
+            self._server = ForkServer(
+                f"{self._spec.name}'s fork server", self._program, {**outer, LINEAGE: lineage}, self._spec.options
+            )
+            await self._server.start(sys.path)
+        return self._server
+
+    async def close(self) -> None:
+        """Give up what has not arrived; every `returned` is resolved after it. Idempotent, bounded."""
+        await asyncio.gather(*(result.close() for result in self._results.values()))
+        for payload in self._payloads.values():
+            payload.close()
+        for call in self._calls.values():
+            call.close()
+        if self._server is not None:
+            await self._server.close()
+
+
+def _function_of(spec: RunSpec) -> Any:
+    if isinstance(spec.entrypoint, str):
+        raise TypeError(f"{spec.name} runs a command, not a function: {spec.entrypoint!r}")
+    return spec.entrypoint
+
+
+def _pickle_all(spec: RunSpec) -> tuple[dict[int, Payload], tuple[str, ...]]:
+    from .payload import interpreter, pickle_call  # noqa: PLC0415  # see above, and here it is off the loop
+
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001
+    program = (interpreter(), *flags)
+    payloads: dict[int, Payload] = {}
+    function = _function_of(spec)
+    try:
+        for rank in range(spec.nprocs):
+            payloads[rank] = pickle_call(function, spec.args[rank])
+    except BaseException as error:
+        for payload in payloads.values():
+            payload.close()
+        if not isinstance(error, Exception):
+            raise
+        raise pickle.PicklingError(
+            f"{spec.who(len(payloads))} can't be sent to a worker: its function or an argument can't be pickled: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return payloads, program

@@ -1,0 +1,208 @@
+"""A run's own fork server: one interpreter, exec'd like any worker, that forks the others.
+
+What differs from spawn: variables that an interpreter reads at its start are the server's, not the rank's; what
+`forkserver_preload` imports is shared; /proc shows the server's environment and command line. The server carries no
+lineage of the run, because it belongs to no rank: it ends with the socket that the supervisor holds.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import errno
+import json
+import os
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import final
+
+from aelastic._child import forkserver, mainmodule, procfs
+from aelastic._exit import ExitStatus
+from aelastic._policies import WorkerOptions
+from aelastic._process import Command, Confirmation, Process, launch
+
+BOOTSTRAP = str(Path(mainmodule.__file__).with_name("bootstrap.py"))
+CLOSE_SECONDS = 1.0
+"""How long a server that was told to end is given before it is killed."""
+
+
+@final
+class ServedChild:
+    """A process that the server forked and collects."""
+
+    def __init__(self, pid: int, server_pid: int) -> None:
+        self.pid = pid
+        self.status: ExitStatus | None = None
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.pidfd = _pidfd_of(pid, server_pid)
+
+    def was_collected(self) -> None:
+        """Learn that the kernel doesn't tell us its status; the server does."""
+
+    def ended(self, status: ExitStatus | None) -> None:
+        """Learn how it ended; None when the server is gone and nobody knows."""
+        self.status = status
+        if not self.done.done():
+            self.done.set_result(None)
+
+
+def _pidfd_of(pid: int, parent: int) -> int | None:
+    """A descriptor of a child of the server; a short one may be gone by now, and its number another process's."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return None
+    member = procfs.read_member(pid, lineage=False)
+    if member is not None and member.parent == parent:
+        return pidfd
+    os.close(pidfd)
+    return None
+
+
+@final
+class ForkServer:
+    """The server of one attempt, from `start` to `close`.
+
+    Args:
+        who: names the run in error texts.
+        program: the interpreter and its flags.
+        env: without the run's lineage.
+    """
+
+    def __init__(self, who: str, program: tuple[str, ...], env: Mapping[str, str], options: WorkerOptions) -> None:
+        self._who = who
+        self._program = program
+        self._env = env
+        self._options = options
+        self._socket: socket.socket | None = None
+        self._process: Process | None = None
+        self._asked: deque[asyncio.Future[ServedChild]] = deque()
+        self._children: dict[int, ServedChild] = {}
+        self._unread = b""
+
+    async def start(self, sys_path: list[str]) -> None:
+        """Execute the server; it takes requests while it is still getting ready.
+
+        Raises:
+            OSError: as `launch` does.
+        """
+        ours, theirs = socket.socketpair()
+        try:
+            ours.setblocking(False)  # noqa: FBT003  # positional only
+            settings = json.dumps({"sys_path": sys_path, "preload": list(self._options.forkserver_preload)})
+            self._process = await self._launch(theirs, settings)
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._socket = ours
+        asyncio.get_running_loop().add_reader(ours, self._hear)
+
+    async def _launch(self, control: socket.socket, settings: str) -> Process:
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            return await launch(
+                Command(
+                    argv=(*self._program, BOOTSTRAP, "serve", str(control.fileno()), settings),
+                    env=self._env,
+                    cwd=None,
+                    stdin=null,
+                    stdout=null,
+                    stderr=2,
+                    pass_fds=(control.fileno(), *self._options.pass_fds),
+                    options=WorkerOptions(),
+                    rank=0,
+                    who=self._who,
+                )
+            )
+        finally:
+            os.close(null)
+
+    async def fork(self, command: Command, fds: tuple[int, ...], confirmation: Confirmation) -> Process:
+        """Have a worker forked.
+
+        Args:
+            fds: in the order that `aelastic._child.forkserver` gives them.
+
+        Raises:
+            OSError: naming run and rank, if the server can't.
+        """
+        if len(fds) > forkserver.MOST_DESCRIPTORS:
+            raise OSError(errno.EMFILE, f"{command.who} can't be started: {len(fds)} descriptors are too many to send")
+        started_ns = time.monotonic_ns()
+        answer: asyncio.Future[ServedChild] = asyncio.get_running_loop().create_future()
+        self._asked.append(answer)
+        try:
+            self._send(fds)
+            await asyncio.wait({answer})
+            child = answer.result()
+        except OSError as error:
+            raise OSError(error.errno, f"{command.who} can't be started: {error.strerror}") from error
+        return Process(child, started_ns, confirmation)  # type: ignore[arg-type]  # same shape as its Collection
+
+    @property
+    def _pid(self) -> int:
+        return self._process.pid if self._process is not None else 0
+
+    def _send(self, fds: tuple[int, ...]) -> None:
+        if self._socket is None:
+            raise OSError(errno.ECHILD, "the fork server has ended")
+        # One byte a request: never more than the socket takes, since each start waits for its answer.
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
+        self._socket.sendmsg([b"."], [rights])
+
+    def _hear(self) -> None:
+        if self._socket is None:
+            return
+        try:
+            data = self._socket.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._lost()
+        self._unread += data
+        size = forkserver.ANSWER.size
+        while len(self._unread) >= size:
+            answer, self._unread = self._unread[:size], self._unread[size:]
+            self._understand(*forkserver.ANSWER.unpack(answer))
+
+    def _understand(self, what: bytes, pid: int, number: int) -> None:
+        if what == forkserver.STARTED:
+            child = self._children[pid] = ServedChild(pid, self._pid)
+            self._asked.popleft().set_result(child)
+        elif what == forkserver.REFUSED:
+            self._asked.popleft().set_exception(OSError(number, os.strerror(number)))
+        elif (ended := self._children.pop(pid, None)) is not None:
+            ended.ended(ExitStatus.from_wait_status(number))
+
+    def _lost(self) -> None:
+        """Stop listening; who still waits is told that nobody will answer."""
+        if self._socket is not None:
+            asyncio.get_running_loop().remove_reader(self._socket)
+            self._socket.close()
+            self._socket = None
+        while self._asked:
+            self._asked.popleft().set_exception(OSError(errno.ECHILD, "the fork server has ended"))
+        for child in self._children.values():
+            child.ended(None)
+        self._children.clear()
+
+    async def close(self) -> None:
+        """End the server and collect it. Idempotent, bounded."""
+        self._lost()
+        process, self._process = self._process, None
+        if process is None:
+            return
+        await asyncio.wait({process.exited}, timeout=CLOSE_SECONDS)
+        if not process.exited.done():
+            process.signal_group(signal.SIGKILL)
+            await asyncio.wait({process.exited}, timeout=CLOSE_SECONDS)
+        await process.reaped(CLOSE_SECONDS)
+        process.close()

@@ -1,0 +1,215 @@
+"""The `LogsSpecs` of the house: files under a log directory, and streams left where they are.
+
+Making directories is all they do to the disk; who opens the files is `outputs`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Mapping
+from typing import final
+
+from aelastic._policies import Rotate
+from aelastic._std import Std, to_map
+
+from .plan import LogsDest, LogsSpecs
+
+JOURNAL = "events.jsonl"
+NO_RUN_ID = "run"
+"""The directory's first name when the environments carry no run id."""
+
+
+class DefaultLogsSpecs(LogsSpecs):
+    """Files under `<log_dir>/<run_id>_<unique>/attempt_<k>/<rank>/`: stdout.log, stderr.log, error.json.
+
+    Filter files lie in the attempt's directory, the journal (events.jsonl) in the run's. Nothing that another launch
+    wrote is ever deleted or truncated. One object may serve many launches at once.
+
+    Source: `torch.distributed.elastic.multiprocessing.DefaultLogsSpecs`.
+
+    Args:
+        log_dir: made if it doesn't exist; None makes a temporary directory, which is kept; `os.devnull` turns
+            files, error files and the journal off, and streams are inherited.
+        redirects: streams that go to files, for all ranks or by rank.
+        tee: streams that go to files and to the console.
+        local_ranks_filter: ranks shown on the console; None or empty shows all. What another rank tees still goes to
+            its file and to `lines()`, what it would have inherited is discarded.
+        capture: streams piped for `lines()`, without file or console unless asked for too.
+        rotate: cuts files into pieces; None (default) doesn't.
+        timestamps: whether a time index is written beside each file. Default False.
+
+    Raises:
+        NotADirectoryError: if `log_dir` is a file.
+    """
+
+    def __init__(
+        self,
+        log_dir: str | os.PathLike[str] | None = None,
+        redirects: Std | Mapping[int, Std] = Std.NONE,
+        tee: Std | Mapping[int, Std] = Std.NONE,
+        local_ranks_filter: set[int] | None = None,
+        *,
+        capture: Std | Mapping[int, Std] = Std.NONE,
+        rotate: Rotate | None = None,
+        timestamps: bool = False,
+    ) -> None:
+        root = None if log_dir is None or log_dir == "" else os.fspath(log_dir)
+        if root is not None and root != os.devnull:
+            root = os.path.abspath(root)  # the host may change its directory before the launch
+            _check_directory(root)
+        super().__init__(root, redirects, tee, local_ranks_filter)
+        self._capture = capture
+        self._rotate = rotate
+        self._timestamps = timestamps
+        self._lock = threading.Lock()
+        self._run_dirs: dict[str, str] = {}
+
+    @property
+    def root_log_dir(self) -> str:
+        """The directory under which runs have theirs; made at the first call when none was given."""
+        with self._lock:
+            return self._root()
+
+    def _root(self) -> str:
+        if self._root_log_dir is None:
+            self._root_log_dir = tempfile.mkdtemp(prefix="aelastic_")
+        return self._root_log_dir
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Make the directories of one attempt and name its files.
+
+        Args:
+            envs: by rank; they are not changed.
+
+        Raises:
+            NotADirectoryError: if the log directory is a file by now.
+            OSError: if a directory can't be made; the error names it.
+        """
+        nprocs = len(envs)
+        if self._root_log_dir == os.devnull:
+            return self._without_files(nprocs)
+        env = envs.get(0, {})
+        run_id = env.get("AELASTIC_RUN_ID") or env.get("TORCHELASTIC_RUN_ID") or NO_RUN_ID
+        attempt = env.get("AELASTIC_ATTEMPT") or env.get("TORCHELASTIC_RESTART_COUNT") or "0"
+        run_dir = self._run_dir(run_id)
+        attempt_dir = os.path.join(run_dir, f"attempt_{attempt}")
+        for rank in range(nprocs):
+            os.makedirs(os.path.join(attempt_dir, str(rank)), exist_ok=True)
+        return self._with_files(nprocs, run_dir, attempt_dir)
+
+    def _run_dir(self, run_id: str) -> str:
+        # One attempt goes beside the other; the number of runs that one object serves is a caller's own affair.
+        with self._lock:
+            if run_id not in self._run_dirs:
+                root = self._root()
+                _check_directory(root)
+                os.makedirs(root, exist_ok=True)
+                safe = re.sub(r"[^\w.-]", "_", run_id)[:100]
+                self._run_dirs[run_id] = tempfile.mkdtemp(prefix=f"{safe}_", dir=root)
+            return self._run_dirs[run_id]
+
+    def _shown(self, rank: int) -> bool:
+        return not self._local_ranks_filter or rank in self._local_ranks_filter
+
+    def _without_files(self, nprocs: int) -> LogsDest:
+        paths = {rank: "" if self._shown(rank) else os.devnull for rank in range(nprocs)}
+        return LogsDest(stdouts=paths, stderrs=dict(paths), error_files=dict.fromkeys(range(nprocs), ""))
+
+    def _with_files(self, nprocs: int, run_dir: str, attempt_dir: str) -> LogsDest:
+        tees = to_map(self._tee, nprocs)
+        redirects = to_map(self._redirects, nprocs)
+        captures = to_map(self._capture, nprocs)
+        dest = LogsDest(
+            filtered_stdout=os.path.join(attempt_dir, "filtered_stdout.log"),
+            filtered_stderr=os.path.join(attempt_dir, "filtered_stderr.log"),
+            captures=captures,
+            rotate=self._rotate,
+            timestamps=self._timestamps,
+            run_dir=run_dir,
+            journal=os.path.join(run_dir, JOURNAL),
+        )
+        for rank in range(nprocs):
+            rank_dir = os.path.join(attempt_dir, str(rank))
+            dest.error_files[rank] = os.path.join(rank_dir, "error.json")
+            for std, files, shown in (
+                (Std.OUT, dest.stdouts, dest.tee_stdouts),
+                (Std.ERR, dest.stderrs, dest.tee_stderrs),
+            ):
+                path = os.path.join(rank_dir, f"{std.label}.log")
+                files[rank] = path if std in redirects[rank] | tees[rank] else ""
+                if std in tees[rank] and self._shown(rank):
+                    shown[rank] = path
+                elif std in tees[rank]:
+                    captures[rank] |= std
+                elif not files[rank] and not self._shown(rank):
+                    files[rank] = os.devnull
+        return dest
+
+    def __repr__(self) -> str:
+        return (
+            f"DefaultLogsSpecs(root_log_dir={self._root_log_dir}, redirects={self._redirects}, tee={self._tee},"
+            f" local_ranks_filter={self._local_ranks_filter})"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DefaultLogsSpecs) and self._choices() == other._choices()
+
+    __hash__ = None  # type: ignore[assignment]  # equal by value, and its mappings may change
+
+    def _choices(self) -> tuple[object, ...]:
+        return (
+            self._root_log_dir,
+            self._redirects,
+            self._tee,
+            self._local_ranks_filter,
+            self._capture,
+            self._rotate,
+            self._timestamps,
+        )
+
+
+def _check_directory(path: str) -> None:
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise NotADirectoryError(f"log_dir: {path} is a file; name a directory, or one that can be made")
+
+
+@final
+class InheritLogsSpecs(LogsSpecs):
+    """What `logs_specs=None` means: streams are inherited, error files lie in a private temporary directory.
+
+    One object serves one run; whoever made it calls `remove` when the run has ended.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._directory = ""
+
+    @property
+    def root_log_dir(self) -> str:
+        """Always `""`: there are no logs to look for."""
+        return ""
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Name an error file for every rank, readable by this user only.
+
+        Raises:
+            OSError: if the temporary directory can't be made.
+        """
+        if not self._directory:
+            self._directory = tempfile.mkdtemp(prefix="aelastic_")
+        attempt = envs.get(0, {}).get("AELASTIC_ATTEMPT", "0")
+        ranks = range(len(envs))
+        return LogsDest(
+            stdouts=dict.fromkeys(ranks, ""),
+            stderrs=dict.fromkeys(ranks, ""),
+            error_files={rank: os.path.join(self._directory, f"error_{attempt}_{rank}.json") for rank in ranks},
+        )
+
+    def remove(self) -> None:
+        """Remove the directory with all that is in it; idempotent, blocks on the disk."""
+        if self._directory:
+            shutil.rmtree(self._directory, ignore_errors=True)

@@ -1,0 +1,201 @@
+"""One stream's way to the console: what is said when, by the three rules of `console`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, final
+
+from aelastic._std import Std
+
+from .lines import NEWLINE, Piece, Prefixed
+
+if TYPE_CHECKING:
+    from .console import Place
+
+WAITING_BYTES = 1 << 20
+"""How much may wait for a console before streams are held back."""
+RECHECK = 0.1
+HELD_BYTES = 1 << 20
+"""How much of an unfinished line is held in memory."""
+
+
+@final
+class Voice:
+    """A stream's place in the conversation. Used from one loop; its `interrupted` is set by others, under the lock."""
+
+    def __init__(self, place: Place, std: Std, prefix: bytes, path: str) -> None:
+        self.std = std
+        self.interrupted = False
+        """Whether another stream's newline ended the unfinished line, of which a part was shown."""
+        self.said_at = 0.0
+        self._place = place
+        self._prefix = prefix
+        self._path = path
+        self._view = Prefixed(prefix)
+        self._shown = 0
+        """How many pieces of the unfinished line are on the console."""
+        self._passing = False
+        """Whether the unfinished line is too long to be held, so that its beginning is on the console for good."""
+        self._skipping = False
+        """Whether the rest of the unfinished line is left out."""
+        self._left_out = 0
+        """Lines left out since the last marker."""
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a line has begun that could be shown in a quiet moment."""
+        return self._view.unfinished
+
+    @property
+    def full(self) -> bool:
+        """Whether the stream should not be read on for now."""
+        place = self._place
+        if place.closed or place.stalled:
+            return False
+        if place.waiting_bytes >= WAITING_BYTES:
+            return True
+        return self._waits_for_holder()
+
+    def _waits_for_holder(self) -> bool:
+        place = self._place
+        if place.holder is None or place.holder is self:
+            return False
+        return place.aside_bytes >= WAITING_BYTES or self._view.held_bytes > HELD_BYTES
+
+    def wake_when_room(self, wake: Callable[[], None]) -> None:
+        """Call back when `full` is worth another look; perhaps more than once."""
+        # The end of a hold and a stall announce themselves to nobody.
+        asyncio.get_running_loop().call_later(RECHECK, wake)
+        if not self._waits_for_holder():
+            self._place.wake_when(WAITING_BYTES // 2, wake)
+
+    def feed(self, chunk: bytes) -> int:
+        """Take a chunk; return how many lines it ended."""
+        return self._view.feed(chunk)
+
+    def say(self) -> None:
+        """Put out what is whole, and of a line too long to be held what is there."""
+        if not self._view.whole_lines and self._view.held_bytes <= HELD_BYTES:
+            return
+        with self._place.lock:
+            self.said_at = time.monotonic()
+            self._say()
+
+    def hush(self) -> None:
+        """Show the unfinished line, after a quiet moment, where the console stands at the start of a line."""
+        place = self._place
+        with place.lock:
+            if place.holder is self:
+                self._pass_on()
+                if place.aside:
+                    place.break_hold(time.monotonic())
+            elif self._may_show_unfinished():
+                self._put(self._view.held[self._shown :])
+                self._shown = len(self._view.held)
+                place.unfinished = self
+
+    def _may_show_unfinished(self) -> bool:
+        place = self._place
+        if place.closed or place.stalled or place.holder is not None or self.interrupted or self._skipping:
+            return False
+        return place.unfinished is None or place.unfinished is self
+
+    def finish(self) -> None:
+        """Say the last line, whether or not it has a newline, and how much was left out."""
+        self._view.end()
+        with self._place.lock:
+            self._say()
+            if self._left_out and not self._place.closed:
+                self._put(self._marker())
+            if self._place.unfinished is self:
+                self._place.end_unfinished(self.std)
+            if self._place.holder is self:
+                self._place.release()
+
+    def _say(self) -> None:
+        if self._place.closed:
+            self._view.take()
+            self._view.forget()
+            return
+        if self._view.whole_lines:
+            self._say_whole()
+        if self._view.held_bytes > HELD_BYTES:
+            self._say_long()
+
+    def _say_whole(self) -> None:
+        lines, whole = self._view.whole_lines, self._view.take()
+        if self._skipping:
+            lines, whole = lines - 1, _after_first_line(whole)
+            self._skipping = False
+        if self._place.stalled:
+            self._leave_out(lines)
+        elif lines:
+            self._put([*self._marker(), *self._continuing(whole)])
+        self._shown = 0
+        self.interrupted = self._passing = False
+        if self._place.holder is self:
+            self._place.release()
+
+    def _say_long(self) -> None:
+        place = self._place
+        if self._skipping or place.stalled:
+            self._leave_out(0 if self._skipping else 1)
+            self._view.take_unfinished()
+            self._skipping, self._shown, self._passing = True, 0, False
+            if place.holder is self:
+                place.release()
+        elif place.holder is None or place.holder is self:
+            if place.holder is None:
+                place.holder, place.held_since = self, self.said_at
+            self._pass_on()
+            if place.aside:
+                place.break_hold(self.said_at)
+
+    def _pass_on(self) -> None:
+        """Put out what is there of a line that is too long to be held."""
+        pieces = self._continuing(self._view.take_unfinished())
+        if pieces:
+            self._put([*self._marker(), *pieces])
+            self._place.unfinished = self
+        self._shown, self._passing, self.interrupted = 0, True, False
+
+    def _continuing(self, pieces: list[Piece]) -> list[Piece]:
+        """What of the line's pieces is to be said: what is on the console already is not, unless it was interrupted."""
+        if self._passing and self._place.unfinished is not self:
+            return [self._prefix, *pieces]
+        return pieces[self._shown :] if self._place.unfinished is self else pieces
+
+    def _put(self, pieces: list[Piece]) -> None:
+        place, size = self._place, sum(map(len, pieces))
+        if place.holder is not None and place.holder is not self:
+            place.break_hold(time.monotonic())
+        if place.holder is not None and place.holder is not self:
+            place.aside.append((self.std, pieces, size))
+            place.aside_bytes += size
+            return
+        continues = place.unfinished is self and (self._shown or self._passing)
+        if not continues:
+            place.end_unfinished(self.std)
+        place.unfinished = None
+        place.give(self.std, pieces, size)
+
+    def _leave_out(self, lines: int) -> None:
+        self._left_out += lines
+
+    def _marker(self) -> list[Piece]:
+        if not self._left_out:
+            return []
+        what = "1 line was" if self._left_out == 1 else f"{self._left_out} lines were"
+        self._left_out = 0
+        where = f"; everything is in {self._path}" if self._path else ""
+        return [self._prefix, f"({what} left out here: the console was stalled{where})\n".encode()]
+
+
+def _after_first_line(pieces: list[Piece]) -> list[Piece]:
+    for index, piece in enumerate(pieces):
+        end = bytes(piece).find(NEWLINE) + 1
+        if end:
+            return [memoryview(piece)[end:], *pieces[index + 1 :]]
+    return []

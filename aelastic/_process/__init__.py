@@ -1,0 +1,21 @@
+"""Processes: starting one, knowing its exit, signalling and finding what came from it.
+
+The door; the rest of the house imports from here only. `launch` starts, `Process` is one started process, `Tree`
+everything that came from the processes of a run.
+
+    launch       Command, resolve, launch: plain exec, or through the trampoline
+    trampoline   which launches need `_child/trampoline.py`, and whether it arrived
+    handle       Process: pid, pidfd, exit, signals to its group
+    census       whose each process of /proc is: evidence and its limits; runs in threads
+    tree         Tree: one census for all who ask, the steps of a stop, survivors
+    limits       descriptors and other limits, in sentences
+    platform     the only file that knows which system this is
+"""
+
+from .handle import Process
+from .launch import Command, launch, resolve
+from .limits import check_descriptors
+from .trampoline import Confirmation, needed_for
+from .tree import Tree
+
+__all__ = ["Command", "Confirmation", "Process", "Tree", "check_descriptors", "launch", "needed_for", "resolve"]

@@ -1,0 +1,141 @@
+"""asyncio's side of a child: how we come by its pid before anyone can collect it, and when asyncio has collected it.
+
+A worker may be over and collected before asyncio tells its pid, on 3.11 by a thread at any moment. Then neither its
+true status nor its process group could be known. So the pidfd is taken in the turn in which the child is born.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Coroutine, Generator
+from typing import Any, cast, final
+
+from .._exit import UNKNOWN_RETURNCODE, ExitStatus
+from . import platform
+
+
+async def collected_by_asyncio(argv: tuple[str | bytes, ...], collection: Collection, **settings: Any) -> None:
+    """Start a child: what `asyncio.create_subprocess_exec` calls, without the streams that it adds.
+
+    Those would need a task to be waited for, and on 3.11 asyncio's `Process.wait()` may wait for more than the exit
+    (gh-119710).
+
+    Args:
+        settings: as for `asyncio.create_subprocess_exec`; descriptors for all three streams.
+
+    Raises:
+        OSError: as the spawn told it.
+        RuntimeError: if 3.11 finds no thread to wait in.
+    """
+    loop = asyncio.get_running_loop()
+    if isinstance(loop, asyncio.BaseEventLoop):
+        await loop.subprocess_exec(lambda: collection, *argv, extra=Notes(collection), **settings)
+    else:
+        await _FirstStep(loop.subprocess_exec(lambda: collection, *argv, **settings), collection)
+
+
+@final
+class Notes(dict[str, Any]):
+    """What asyncio notes about a transport: the child first of all, before it arranges for its collection."""
+
+    def __init__(self, collection: Collection) -> None:
+        super().__init__()
+        self._collection = collection
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        if name == "subprocess":
+            self._collection.born(value.pid)
+
+
+@final
+class _FirstStep:
+    """Another loop's start, whose first step spawns: the child is this thread's newest, and nobody waits for it yet."""
+
+    def __init__(self, start: Coroutine[Any, Any, Any], collection: Collection) -> None:
+        self._start = start
+        self._collection = collection
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        steps = self._start.__await__()
+        before = platform.children()
+        try:
+            awaited = next(steps)
+        except StopIteration as done:
+            return done.value
+        newborn = [pid for pid in platform.children() if pid not in before]
+        if len(newborn) == 1:
+            self._collection.born(newborn[0])
+        while True:
+            try:
+                sent = yield awaited
+            except BaseException as error:  # noqa: BLE001  # passed on to where it belongs
+                awaited = steps.throw(error)
+            else:
+                awaited = steps.send(sent)
+
+
+@final
+class Collection(asyncio.SubprocessProtocol):
+    """asyncio's side of a child: its pid, our pidfd of it as early as can be, and that asyncio has collected it."""
+
+    def __init__(self) -> None:
+        self.pid = 0
+        self.pidfd: int | None = None
+        self.shortage: OSError | None = None
+        """Why there is no pidfd, when no descriptor was left."""
+        self.taken = False
+        """Whether another waiter of the host has certainly collected the child."""
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Resolved when the child is collected and asyncio is through with it."""
+        self._transport: asyncio.SubprocessTransport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Learn the pid, where it was not seen before."""
+        self._transport = cast("asyncio.SubprocessTransport", transport)
+        self.born(self._transport.get_pid())
+
+    def born(self, pid: int) -> None:
+        """Take a pidfd of the child, unless that was done already."""
+        if self.pid == pid:
+            return
+        if self.pidfd is not None:  # what we took for it is another child
+            os.close(self.pidfd)
+        self.pid = pid
+        try:
+            self.pidfd = platform.open_child(pid)
+        except OSError as error:
+            self.shortage = error
+        else:
+            if self.pidfd is None and not platform.is_uncollected_child(pid):
+                self.was_collected()
+
+    @property
+    def returncode(self) -> int | None:
+        """As asyncio tells it: 255 also for a status that it could not get."""
+        return None if self._transport is None else self._transport.get_returncode()
+
+    @property
+    def status(self) -> ExitStatus | None:
+        """As asyncio tells it; None while it doesn't, or can't know."""
+        if self.returncode is None or (self.returncode == UNKNOWN_RETURNCODE and self.taken):
+            return None
+        return ExitStatus.from_returncode(self.returncode)
+
+    def was_collected(self) -> None:
+        """The kernel says that somebody collected the child: find out whether that was asyncio."""
+        ignored = signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN  # then the kernel collects (wait(2))
+        # uvloop sets its return code in the turn in which it collects, asyncio's loops a turn later.
+        ours = isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop)
+        self.taken = ignored or (self.returncode is None and not ours)
+        if self.taken and not ours and not self.done.done():
+            self.done.set_result(None)  # uvloop never tells of a child that another waiter took
+
+    def process_exited(self) -> None:
+        """Let the transport go; with the return code known, closing it signals nobody."""
+        if not self.done.done():
+            self.done.set_result(None)
+        if self._transport is not None:
+            self._transport.close()

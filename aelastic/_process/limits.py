@@ -1,0 +1,73 @@
+"""Limits that a start runs into, in sentences: before it begins where that can be known, else afterwards."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+
+from .._child import procfs
+
+A_START_NEEDS = 8
+"""Descriptors that one spawn holds at the most while it is under way, those it keeps included."""
+
+
+def check_descriptors(needed: int, who: str) -> None:
+    """Raise unless this process may open as many descriptors as a start needs.
+
+    Args:
+        needed: descriptors that the start adds to those that are open.
+        who: the run, for the text.
+
+    Raises:
+        OSError: EMFILE, naming resource, limit, what is open and what is needed.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return
+    used = open_descriptors()
+    if used + needed > soft:
+        raise OSError(
+            errno.EMFILE,
+            f"{who} can't be started: it needs {needed} descriptors, and {used} of the {soft} that this process may"
+            f" have open are in use (RLIMIT_NOFILE, soft; hard: {hard}); raise the limit, or start fewer ranks",
+        )
+
+
+def open_descriptors() -> int:
+    """How many descriptors this process holds; 0 where the system doesn't tell."""
+    for folder in ("/proc/self/fd", "/dev/fd"):
+        try:
+            return len(os.listdir(folder)) - 1  # the one that lists them is among them
+        except OSError:
+            continue
+    return 0
+
+
+def shortage(number: int) -> str:
+    """What ran out, how much there is of it and what a start needs; empty for an errno that is no shortage."""
+    match number:
+        case errno.EMFILE:
+            soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            return (
+                f"no descriptor is left: this process may have {soft} open (RLIMIT_NOFILE) and a start needs"
+                f" {A_START_NEEDS}; raise the limit, or start fewer ranks"
+            )
+        case errno.ENFILE:
+            limit = _kernel_limit("fs/file-max")
+            return f"no descriptor is left in the whole system, which may have {limit} open (fs.file-max)"
+        case errno.EAGAIN:
+            soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+            of_user = "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
+            return (
+                f"no process or thread can be added: this user may have {of_user} (RLIMIT_NPROC), the system"
+                f" {_kernel_limit('kernel/pid_max')} (kernel.pid_max), the cgroup what its pids.max says"
+            )
+        case errno.ENOMEM:
+            return "the kernel has no memory left for another process"
+        case _:
+            return ""
+
+
+def _kernel_limit(name: str) -> str:
+    return procfs.read(f"/proc/sys/{name}").decode().strip() or "an unknown number"

@@ -1,0 +1,86 @@
+"""Tasks that only their owner ends, and waiting that outlasts cancellation.
+
+A run must finish its teardown although `asyncio.run` cancels every task at its end, and although a caller is
+cancelled again and again. Neither policy nor I/O lives here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar, final
+
+import anyio
+
+T = TypeVar("T")
+
+
+@final
+class ServiceTask(asyncio.Task[T]):
+    """A task into which no cancellation is thrown: `cancel()` asks its owner instead.
+
+    A native `Task.cancel()` breaks even a shield when it comes twice, and `asyncio.run` cancels inner tasks and
+    shields alike, then waits for all of them. So the question is passed to `on_cancel`, and whoever cancelled waits
+    until the service has ended in its own time. Inside a service nothing may rely on `Task.cancel`: no
+    `asyncio.timeout`, no cancel scope; use `asyncio.wait(..., timeout=...)`.
+    """
+
+    on_cancel: Callable[[], None] | None = None
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        """Pass the request on; always False, because nothing is thrown into the task."""
+        if self.on_cancel is not None and not self.done():
+            self.on_cancel()
+        return False
+
+
+def service(
+    coro: Coroutine[Any, Any, T], *, name: str, on_cancel: Callable[[], None] | None = None
+) -> ServiceTask[T]:
+    """Start a service in the running loop.
+
+    Args:
+        coro: what to run; its owner has a way of its own to end it.
+        name: shown in asyncio's debug output.
+        on_cancel: called when anyone cancels the task.
+    """
+    task = ServiceTask(coro, loop=asyncio.get_running_loop(), name=name)
+    task.on_cancel = on_cancel
+    return task
+
+
+async def outlast(future: asyncio.Future[T], *, on_cancel: Callable[[], None] | None = None) -> T:
+    """Wait for a bounded future however often the caller is cancelled.
+
+    Args:
+        future: never cancelled from here.
+        on_cancel: called at the first cancellation; it makes the future end soon. Without it the wait is shielded
+            from the start, since ending is already under way.
+
+    Returns:
+        The future's result, if nobody cancelled the caller.
+
+    Cancellation:
+        Raised after the future is done; an error of the future is then its context.
+    """
+    cancelled = await _until_done(future) if on_cancel is not None else None
+    if cancelled is not None and on_cancel is not None:
+        on_cancel()
+    # anyio's shield holds off anyio's scopes (they would cancel us on every turn of the loop); a native cancel
+    # goes through it, so it is caught and kept.
+    with anyio.CancelScope(shield=True):
+        while not future.done():
+            cancelled = await _until_done(future) or cancelled
+    if cancelled is not None:
+        if not future.cancelled():
+            future.exception()  # seen: the cancellation is what the caller is told
+        raise cancelled
+    return future.result()
+
+
+async def _until_done(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:
+    try:
+        await asyncio.wait({future})
+    except asyncio.CancelledError as error:
+        return error
+    return None

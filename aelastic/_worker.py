@@ -1,0 +1,246 @@
+"""One incarnation of a rank: its process, its output, its end.
+
+A worker owns its state and its part of a stop. It judges its own exit and reports it at once; whether the others are
+stopped for it is `_gang`'s decision.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, final
+
+from ._events import (
+    Event,
+    OutputHeld,
+    SurvivorsLeft,
+    WorkerExited,
+    WorkerFailed,
+    WorkerSignaled,
+    WorkerStarted,
+    WorkerUnkillable,
+)
+from ._evidence import Evidence, OomKills, build_failure, read_evidence
+from ._exit import ExitStatus
+from ._failures import ProcessFailure
+from ._lifecycle import Due, Fact, State, after, schedule
+from ._logs import Outputs
+from ._policies import StopPolicy
+from ._process import Process, Tree
+from ._results import Survivor
+from ._returned import NO_RESULT, Returned, Value
+from ._std import Std
+from ._tasks import service
+from ._threads import Threads
+
+
+@final
+class Cause(enum.Enum):
+    """Why a worker was stopped."""
+
+    FAILURE = "another rank failed"
+    CALLER = "its caller asked"
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """How a worker ended, all of it."""
+
+    rank: int
+    status: ExitStatus | None
+    """None when the process is still alive."""
+    stopped: Cause | None
+    """Set when it was still running as the stop was asked for."""
+    returned: Returned
+    failure: ProcessFailure | None
+    survivors: tuple[Survivor, ...]
+
+
+class Judge(Protocol):
+    """Is told of an exit as soon as it can be judged."""
+
+    def __call__(self, worker: Worker, *, failed: bool) -> None: ...
+
+
+@final
+class Worker:
+    """A started process of a rank, watched until nothing of it is left.
+
+    Args:
+        process: confirmed to run the program.
+        returned: resolves to what a function handed back; None for a command.
+        judge: called once, unless the worker was stopped before it exited.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        process: Process,
+        *,
+        outputs: Outputs,
+        tree: Tree,
+        policy: StopPolicy,
+        threads: Threads,
+        error_file: str,
+        oom_before: OomKills | None,
+        returned: asyncio.Future[Returned] | None,
+        publish: Callable[[Event], object],
+        judge: Judge,
+    ) -> None:
+        self.rank = rank
+        self.pid = process.pid
+        self.state = State.RUNNING
+        self.cause: Cause | None = None
+        self._stopped_ns = 0
+        self._process = process
+        self._outputs = outputs
+        self._tree = tree
+        self._policy = policy
+        self._threads = threads
+        self._error_file = error_file
+        self._oom_before = oom_before
+        self._returned = returned
+        self._publish = publish
+        self._judge = judge
+        self._dues: tuple[Due, ...] = ()
+        self._why = "left behind by the worker"
+        self._hurry = asyncio.get_running_loop().create_future()
+        publish(WorkerStarted(rank=rank, pid=process.pid))
+        process.exited.add_done_callback(self._exit_seen)
+        self.ended = service(self._live(), name=f"rank {rank} (pid {process.pid})")
+
+    def stop(self, dues: tuple[Due, ...], cause: Cause, why: str) -> None:
+        """Begin the steps, or replace those that are left."""
+        if self.state is State.RUNNING and not self._process.has_ended():
+            self.state = after(self.rank, self.state, Fact.STOP_ASKED)
+            self.cause, self._stopped_ns = cause, time.monotonic_ns()
+        self._dues, self._why = dues, why
+        hurry, self._hurry = self._hurry, asyncio.get_running_loop().create_future()
+        hurry.set_result(None)
+
+    def send_signal(self, sig: int, why: str) -> None:
+        """Signal the process group, unless nobody is in it any more."""
+        if self._process.signal_group(sig):
+            self._publish(WorkerSignaled(rank=self.rank, pid=self.pid, signal=sig, reason=why))
+
+    def _exit_seen(self, exited: asyncio.Future[ExitStatus]) -> None:
+        self.state = after(self.rank, self.state, Fact.EXIT_SEEN)
+        self._publish(
+            WorkerExited(
+                rank=self.rank,
+                pid=self.pid,
+                status=exited.result(),
+                seconds=self._seconds,
+                usage=self._process.usage,
+            )
+        )
+
+    @property
+    def _seconds(self) -> float:
+        return (self._process.exit_ns - self._process.started_ns) / 1e9
+
+    async def _live(self) -> End:
+        await asyncio.wait({self._process.exited, self._hurry}, return_when=asyncio.FIRST_COMPLETED)
+        if self.state is State.EXITED:
+            self._judge(self, failed=await self._has_failed())
+            await self._linger()
+        survivors = await self._extinguish()
+        await self._outputs.finish(self.rank, within=self._policy.drain)
+        self.state = after(self.rank, self.state, Fact.END_REACHED)
+        await self._process.reaped(within=1.0)
+        return await self._conclude(survivors)
+
+    async def _has_failed(self) -> bool:
+        if self._returned is not None:
+            await asyncio.wait({self._returned, self._hurry}, timeout=self._policy.drain)
+        return not self._is_good()
+
+    @property
+    def _status_ok(self) -> bool:
+        return self._process.exited.done() and self._process.exited.result().ok
+
+    def _outcome(self) -> Returned:
+        """What was handed back; a command that succeeded hands back None."""
+        if self._returned is None:
+            return Value(None)
+        return self._returned.result() if self._returned.done() else NO_RESULT
+
+    async def _linger(self) -> None:
+        """Let whoever still holds the pipes finish writing, for `drain` seconds, or until a stop."""
+        if self._dues or await self._outputs.at_eof(self.rank, self._policy.drain, self._hurry) or self._dues:
+            return
+        holders = await self._tree.holders(self.rank, self._outputs.pipe_inodes(self.rank))
+        self._publish(OutputHeld(rank=self.rank, holders=holders))
+
+    async def _extinguish(self) -> tuple[Survivor, ...]:
+        """Take the steps until nothing of the tree is left; what is left after the last is reported."""
+        if self._process.exited.done() and not await self._tree.members(self.rank):
+            return ()
+        if not self._dues:
+            self._dues = schedule(self._policy.steps, asyncio.get_running_loop().time())
+        gone = False
+        while self._dues and not gone:
+            due, *rest = self._dues
+            self._dues = tuple(rest)
+            gone = await self._step(due)
+        return () if gone else await self._left_over()
+
+    async def _step(self, due: Due) -> bool:
+        """Send one signal to everything of the rank; True when nothing is left."""
+        return await self._tree.press(self.rank, due.signal, due.until, hurry=self._hurry, on_hit=self._signaled)
+
+    def _signaled(self, pids: tuple[int, ...], sig: int) -> None:
+        for pid in pids:
+            self._publish(WorkerSignaled(rank=self.rank, pid=pid, signal=sig, reason=self._why))
+
+    async def _left_over(self) -> tuple[Survivor, ...]:
+        survivors = await self._tree.survivors(self.rank)
+        if not self._process.exited.done():
+            state = next((left.state for left in survivors if left.pid == self.pid), "unknown")
+            self._publish(WorkerUnkillable(rank=self.rank, pid=self.pid, state=state))
+        if survivors:
+            self._publish(SurvivorsLeft(rank=self.rank, survivors=survivors))
+        return survivors
+
+    async def _conclude(self, survivors: tuple[Survivor, ...]) -> End:
+        status = self._process.exited.result() if self._process.exited.done() else None
+        failure = None if self._is_good() else await self._failure(status)
+        if failure is not None and self._stopped_before(failure):
+            failure = None
+        if failure is not None:
+            self._publish(WorkerFailed(rank=self.rank, failure=failure))
+        return End(
+            rank=self.rank,
+            status=status,
+            stopped=None if failure is not None else self.cause,
+            returned=self._outcome(),
+            failure=failure,
+            survivors=survivors,
+        )
+
+    def _is_good(self) -> bool:
+        return self._status_ok and isinstance(self._outcome(), Value)
+
+    def _stopped_before(self, failure: ProcessFailure) -> bool:
+        """Whether it ended only because it was stopped: its own error file may say that it had failed before."""
+        return self.cause is not None and failure.reason != "unkillable" and failure.monotonic_ns >= self._stopped_ns
+
+    async def _failure(self, status: ExitStatus | None) -> ProcessFailure:
+        evidence: Evidence = await asyncio.get_running_loop().run_in_executor(
+            self._threads, read_evidence, self._error_file, *self._outputs.files(self.rank)
+        )
+        return build_failure(
+            rank=self.rank,
+            pid=self.pid,
+            status=status,
+            returned=self._outcome(),
+            evidence=evidence,
+            tail=self._outputs.tail(self.rank, Std.ERR) or self._outputs.tail(self.rank, Std.OUT),
+            started_ns=self._process.started_ns,
+            exit_ns=self._process.exit_ns,
+            oom_before=self._oom_before,
+        )

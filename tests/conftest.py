@@ -1,0 +1,91 @@
+"""Every loop test on asyncio and on uvloop, and nothing left behind by any test."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+
+import pytest
+import pytest_asyncio
+
+from tests import leaks
+
+LINUX = sys.platform.startswith("linux")
+
+
+def uvloop_loop() -> asyncio.AbstractEventLoop:
+    """A loop of uvloop; the test is skipped where it isn't installed."""
+    uvloop = pytest.importorskip("uvloop", reason="uvloop is not installed: install the test extra")
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
+
+
+LOOPS: Mapping[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "asyncio": asyncio.new_event_loop,
+    "uvloop": uvloop_loop,
+}
+
+
+def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Run each loop test once on each loop."""
+    return LOOPS
+
+
+def pytest_sessionstart() -> None:
+    """Let each loop open what it opens once a process and keeps, before the first snapshot."""
+    leaks.mark_lineage()
+    for name, new_loop in LOOPS.items():
+        try:
+            with asyncio.Runner(loop_factory=new_loop) as runner:
+                runner.run(_warm_up())
+        except pytest.skip.Exception:
+            sys.stderr.write(f"{name} is not installed: its tests are skipped\n")
+
+
+async def _warm_up() -> None:
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", "")
+    await process.wait()
+    await asyncio.to_thread(int)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Fail a test after which a child, descriptor, thread, signal action or working directory is not as before.
+
+    Set up before the loop and torn down after it, so that what the loop itself opens is not seen.
+    """
+    if not LINUX:
+        yield
+        return
+    before, directory = leaks.Snapshot.take(), os.getcwd()
+    yield
+    left = leaks.left_since(before)
+    if os.getcwd() != directory:
+        os.chdir(directory)
+        left.append(f"the working directory was {directory}")
+    if left:
+        leaks.kill_descendants()
+        pytest.fail("the test left something behind:\n  " + "\n  ".join(left), pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def no_task_left(nothing_left: None, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a loop test after which tasks are left, once those that were ending have ended."""
+    if not pytest_asyncio.is_async_test(request.node):
+        yield
+        return
+    # Asked for here, so that it is closed after this fixture (pytest-asyncio has no public name for it).
+    runner: asyncio.Runner = request.getfixturevalue("_function_scoped_runner")
+    yield
+    left = runner.run(_tasks_left())
+    if left:
+        pytest.fail("the test left tasks behind:\n  " + "\n  ".join(left), pytrace=False)
+
+
+async def _tasks_left() -> list[str]:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if others:
+        _, others = await asyncio.wait(others, timeout=leaks.DEADLINE)
+    return [repr(task) for task in others]

@@ -1,0 +1,51 @@
+"""Services end in their own time, whoever cancels."""
+
+from __future__ import annotations
+
+import asyncio
+
+import anyio
+import pytest
+
+from aelastic._tasks import outlast, service
+
+
+async def test_cancelling_a_service_asks_its_owner_and_throws_nothing_into_it() -> None:
+    asked, ended = asyncio.Event(), asyncio.Event()
+
+    async def work() -> str:
+        await asked.wait()
+        ended.set()
+        return "done"
+
+    task = service(work(), name="work", on_cancel=asked.set)
+    await asyncio.sleep(0)
+    task.cancel()
+    assert await task == "done"
+    assert ended.is_set()
+
+
+async def test_outlast_holds_off_every_cancellation_until_the_end_and_raises_then() -> None:
+    future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    waiter = asyncio.ensure_future(outlast(future))
+    for _ in range(5):
+        await asyncio.sleep(0)
+        waiter.cancel()
+    await asyncio.sleep(0)
+    assert not waiter.done()
+    future.set_result(1)
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+
+
+async def test_outlast_passes_the_first_cancellation_of_a_scope_on() -> None:
+    future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    with anyio.move_on_after(0) as scope:
+        await outlast(future, on_cancel=lambda: future.set_result(1))
+    assert scope.cancelled_caught
+
+
+async def test_outlast_gives_the_result_to_a_caller_that_nobody_cancelled() -> None:
+    future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_soon(future.set_result, 7)
+    assert await outlast(future) == 7

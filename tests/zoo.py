@@ -1,0 +1,94 @@
+"""One list of process trees that are hard to end, used everywhere.
+
+Each is a small program, run by a bare interpreter. Every process of a tree writes the line `alive` to stdout when it
+is in its place, and holds stdout open: the end of that pipe means that nothing of the tree is left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tests.ways_to_die import PYTHON
+
+PRELUDE = """
+import os, signal, sys, time
+def alive(): os.write(1, b"alive\\n")
+def rest():
+    alive()
+    while True: time.sleep(600)
+def deaf(): signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def child(body):
+    if os.fork() == 0:
+        body()
+        os._exit(0)
+def hop():
+    deaf(); alive()
+    while True:
+        if os.fork(): os._exit(0)
+        time.sleep(0.001)
+"""
+"""`rest` lives until it is killed, `deaf` ignores SIGTERM, `hop` flees from pid to pid."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A program that makes a tree, and how many `alive` lines tell that it stands."""
+
+    name: str
+    body: str
+    lines: int = 2
+    leaves: bool = False
+    """Whether the leader ends at once by itself; what it leaves behind lives on."""
+    deaf: bool = True
+    """Whether something of it outlives SIGTERM."""
+
+    @property
+    def source(self) -> str:
+        return PRELUDE + self.body
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        return (*PYTHON, self.source)
+
+    def __str__(self) -> str:
+        return self.name.replace(" ", "-")
+
+
+OBEDIENT = Tree("an obedient pair", "child(rest); rest()", deaf=False)
+LEADER_EXITS = Tree("leader exits first", "child(lambda: (deaf(), rest())); alive()", leaves=True)
+LEADER_CRASHES = Tree(
+    "leader crashes", "child(lambda: (deaf(), rest())); alive(); os.kill(os.getpid(), signal.SIGABRT)", leaves=True
+)
+DEAF_CHILD = Tree("child ignores SIGTERM", "child(lambda: (deaf(), rest())); rest()")
+OWN_GROUP = Tree("own group", "child(lambda: (deaf(), os.setpgid(0, 0), rest())); rest()")
+OWN_SESSION = Tree("setsid", "child(lambda: (deaf(), os.setsid(), rest())); rest()")
+DOUBLE_FORK = Tree(
+    "double fork", "child(lambda: (os.setsid(), child(lambda: (deaf(), rest())), os._exit(0))); os.wait(); rest()"
+)
+CLEANED = Tree(
+    "double fork with a cleaned environment",
+    "args = [sys.executable, '-I', '-S', '-c', 'import os, signal, time; signal.signal(15, signal.SIG_IGN);"
+    ' os.write(1, b"alive\\\\n"); time.sleep(600)\']\n'
+    "child(lambda: (child(lambda: os.execve(args[0], args, {})), os._exit(0))); os.wait(); rest()",
+)
+STORM = Tree("fork storm", "[child(hop) for _ in range(3)]; rest()", lines=4)
+FLEEING = Tree("fork storm in sessions of its own", "[child(lambda: (os.setsid(), hop())) for _ in range(2)]; rest()", 3)
+BREEDING = Tree(
+    "breeding",
+    "def breed():\n"
+    "    deaf(); alive()\n"
+    "    for _ in range(300): child(lambda: time.sleep(600)); time.sleep(0.001)\n"
+    "    time.sleep(600)\n"
+    "child(breed); rest()",
+)
+STOPPED = Tree(
+    "stopped with SIGSTOP",
+    "child(lambda: (alive(), os.kill(os.getpid(), signal.SIGSTOP))); alive(); os.kill(os.getpid(), signal.SIGSTOP)",
+    deaf=False,
+)
+ZOMBIES = Tree("zombie grandchildren", "[child(lambda: None) for _ in range(5)]; rest()", lines=1, deaf=False)
+
+TREES = (
+    OBEDIENT, LEADER_EXITS, LEADER_CRASHES, DEAF_CHILD, OWN_GROUP, OWN_SESSION, DOUBLE_FORK, CLEANED, STORM, FLEEING,
+    BREEDING, STOPPED, ZOMBIES,
+)  # fmt: skip
