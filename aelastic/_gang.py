@@ -92,6 +92,7 @@ class Gang:
         envs: Mapping[int, dict[str, str]],
         machines: Machines,
     ) -> None:
+        self._loop = asyncio.get_running_loop()  # a stop may come while it doesn't run, as asyncio.run ends
         self.spec = spec
         self.dest = dest
         self.workers: dict[int, Worker] = {}
@@ -152,8 +153,7 @@ class Gang:
     async def _prepare(self) -> None:
         """Look up, pickle and open everything that the starts need."""
         spec, machines = self.spec, self._machines
-        loop = asyncio.get_running_loop()
-        self._oom_before = await loop.run_in_executor(machines.threads, count_oom_kills)
+        self._oom_before = await self._loop.run_in_executor(machines.threads, count_oom_kills)
         if isinstance(spec.entrypoint, str):
             for rank in range(spec.nprocs):
                 resolve(spec.entrypoint, self._envs[rank], self._cwd, who=spec.who(rank))
@@ -256,7 +256,7 @@ class Gang:
         if self._grace is not None:
             self._grace.cancel()
         self._machines.bus.publish(StopRequested(reason=why))
-        dues = schedule(self._steps, asyncio.get_running_loop().time())
+        dues = schedule(self._steps, self._loop.time())
         for worker in self.workers.values():
             worker.stop(dues, cause, why)
 
@@ -275,8 +275,7 @@ class Gang:
         if self._stopped is not None or self._grace is not None or on_failure == "continue":
             return
         if isinstance(on_failure, float):
-            loop = asyncio.get_running_loop()
-            self._grace = loop.call_later(on_failure, self._stop_all, Cause.FAILURE, why)
+            self._grace = self._loop.call_later(on_failure, self._stop_all, Cause.FAILURE, why)
         else:
             self._stop_all(Cause.FAILURE, why)
 

@@ -108,7 +108,8 @@ class Worker:
         self._judge = judge
         self._dues: tuple[Due, ...] = ()
         self._why = "left behind by the worker"
-        self._hurry = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._hurry: asyncio.Future[None] = self._loop.create_future()
         publish(WorkerStarted(rank=rank, pid=process.pid))
         process.exited.add_done_callback(self._exit_seen)
         self.ended = service(self._live(), name=f"rank {rank} (pid {process.pid})")
@@ -119,7 +120,7 @@ class Worker:
             self.state = after(self.rank, self.state, Fact.STOP_ASKED)
             self.cause, self._stopped_ns = cause, time.monotonic_ns()
         self._dues, self._why = dues, why
-        hurry, self._hurry = self._hurry, asyncio.get_running_loop().create_future()
+        hurry, self._hurry = self._hurry, self._loop.create_future()
         hurry.set_result(None)
 
     def send_signal(self, sig: int, why: str) -> None:
@@ -181,7 +182,7 @@ class Worker:
         if self._process.exited.done() and not await self._tree.members(self.rank):
             return ()
         if not self._dues:
-            self._dues = schedule(self._policy.steps, asyncio.get_running_loop().time())
+            self._dues = schedule(self._policy.steps, self._loop.time())
         gone = False
         while self._dues and not gone:
             due, *rest = self._dues
@@ -230,7 +231,7 @@ class Worker:
         return self.cause is not None and failure.reason != "unkillable" and failure.monotonic_ns >= self._stopped_ns
 
     async def _failure(self, status: ExitStatus | None) -> ProcessFailure:
-        evidence: Evidence = await asyncio.get_running_loop().run_in_executor(
+        evidence: Evidence = await self._loop.run_in_executor(
             self._threads, read_evidence, self._error_file, *self._outputs.files(self.rank)
         )
         return build_failure(

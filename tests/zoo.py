@@ -25,7 +25,7 @@ def hop():
     deaf(); alive()
     while True:
         if os.fork(): os._exit(0)
-        time.sleep(0.001)
+        time.sleep(0.005)
 """
 """`rest` lives until it is killed, `deaf` ignores SIGTERM, `hop` flees from pid to pid."""
 
@@ -77,7 +77,7 @@ BREEDING = Tree(
     "breeding",
     "def breed():\n"
     "    deaf(); alive()\n"
-    "    for _ in range(300): child(lambda: time.sleep(600)); time.sleep(0.001)\n"
+    "    for _ in range(100): child(lambda: time.sleep(600)); time.sleep(0.005)\n"
     "    time.sleep(600)\n"
     "child(breed); rest()",
 )

@@ -20,6 +20,8 @@ QUIET = 2
 """Scans in a row that must find nothing: a process that is just being exec'd shows no environment."""
 PAUSE = 0.03
 """Seconds between two scans at the least; a scan of a large machine is followed by a longer rest."""
+CHASES, NEWEST = 8, 32
+"""How often in each round the newest processes are looked at once more, and how many of them."""
 RECORDS = 1000
 """Signals that a journal lists one by one."""
 PIDFD_SIGNAL_PROCESS_GROUP = 4
@@ -50,8 +52,6 @@ class Leader:
 
     def claims(self, member: Member) -> bool:
         """Whether a process in its group or session is its descendant, and not of a later owner of the number."""
-        if self.pid not in (member.group, member.session):
-            return False
         return self.signal_group(0) or (self.until is not None and member.started < self.until)
 
     def signal_group(self, sig: int) -> bool:
@@ -92,23 +92,31 @@ class Run:
         self.first = first
         self.journal = journal
         self.leaders: dict[int, Leader] = {}
+        """By rank."""
+        self._by_pid: dict[int, Leader] = {}
 
     def employ(self, leader: Leader) -> None:
         """Take note of a worker; the former one of its rank, and all that came from it, is known to be gone."""
-        former = self.leaders.pop(leader.rank, None)
+        former = self.leaders.get(leader.rank)
         if former is not None:
+            self._by_pid.pop(former.pid, None)
             former.close()
-        self.leaders[leader.rank] = leader
+        self.leaders[leader.rank] = self._by_pid[leader.pid] = leader
 
     def leader_of(self, member: Member) -> Leader | None:
         """The worker whose group or session a process is in."""
-        return next((leader for leader in self.leaders.values() if leader.claims(member)), None)
+        for number in (member.group, member.session):
+            leader = self._by_pid.get(number)
+            if leader is not None and leader.claims(member):
+                return leader
+        return None
 
     def close(self) -> None:
         """Forget its workers."""
         for leader in self.leaders.values():
             leader.close()
         self.leaders.clear()
+        self._by_pid.clear()
 
 
 class Held:
@@ -165,6 +173,8 @@ class Orphans:
         self._held: dict[int, Held] = {}
         self._count = 0
         self._quiet = 0
+        self._killing = False
+        self._sighted = False
 
     @property
     def fds(self) -> list[int]:
@@ -172,49 +182,40 @@ class Orphans:
         return [held.fd for held in self._held.values() if held.fd >= 0]
 
     def strike(self, now: float) -> None:
-        """When it is time to kill, kill each worker's group as one, before anything is looked for.
+        """Begin a round; when it is time to kill, kill each worker's group as one, before anything is looked for.
 
-        A group can't fork its way out of that. What asks may be unheard by who just forks, and nothing is lost.
-        """
-        if now >= self.kill_at:
-            for leader in self.run.leaders.values():
-                leader.signal_group(signal.SIGKILL)
-
-    def step(self, now: float, everyone: list[Member]) -> None:
-        """Find what is alive and send what is due.
+        A group can't fork its way out of that.
 
         Args:
             now: monotonic seconds.
-            everyone: every process of the machine, read after `strike`.
         """
-        kill = now >= self.kill_at
-        sighted = self._find([member for member in everyone if member.started >= self.run.since])
+        self._killing = now >= self.kill_at
+        self._sighted = False
+        for pid in [pid for pid, held in self._held.items() if held.ended()]:
+            self._held.pop(pid).close()
+        for leader in self.run.leaders.values():
+            if self._killing:
+                leader.signal_group(signal.SIGKILL)
         for held in self._held.values():
-            if kill:
-                self._send(held, signal.SIGKILL)
-            # What began after the question is most likely somebody's way of obeying it.
-            elif held.member.started <= self._born_by:
-                self._send(held, self.run.first)
-                held.send(signal.SIGCONT)
-        # Who was seen but had ended before it could be held may have forked meanwhile.
-        self._quiet = 0 if self._held or sighted else self._quiet + 1
+            self._send(held)
+
+    def meet(self, member: Member) -> bool:
+        """Hold a process that is ours and new, and send it what is due, at once; whether that is what it was."""
+        if member.started < self.run.since or not self._is_new(member):
+            return False
+        # Who was seen but has ended before it could be held may have forked meanwhile.
+        self._sighted = True
+        return self._take(member)
+
+    def conclude(self, now: float) -> None:
+        """End a round: see whether anything is left, or whether it is time to give up."""
+        self._quiet = 0 if self._held or self._sighted else self._quiet + 1
         if self._quiet >= QUIET:
             self._note("OrphansGone", processes=self._count)
             self.over = True
         elif now >= self.kill_at + PATIENCE:
             self._note("SurvivorsLeft", survivors=[_survivor(held) for held in self._held.values()])
             self.over = True
-
-    def _find(self, everyone: list[Member]) -> bool:
-        """Hold all that is ours; whether any was sighted that was not held before."""
-        for pid in [pid for pid, held in self._held.items() if held.ended()]:
-            self._held.pop(pid).close()
-        sighted, found = False, True
-        while found:  # children of what was found are ours too, whatever they made of environment and session
-            new = [member for member in everyone if self._is_new(member)]
-            sighted = sighted or bool(new)
-            found = any([self._take(member) for member in new])  # noqa: C419  # all of them, not up to the first
-        return sighted
 
     def _is_new(self, member: Member) -> bool:
         return member.pid not in self._held and member.alive and self._is_ours(member)
@@ -238,8 +239,9 @@ class Orphans:
                 os.close(fd)
             return False
         leader = self.run.leader_of(now)
-        self._held[now.pid] = Held(fd, now, leader.rank if leader else self._rank(now))
+        held = self._held[now.pid] = Held(fd, now, leader.rank if leader else self._rank(now))
         self._count += 1
+        self._send(held)
         return True
 
     def _rank(self, member: Member) -> int | None:
@@ -250,9 +252,15 @@ class Orphans:
         parent = self._held.get(member.parent)
         return parent.rank if parent else None
 
-    def _send(self, held: Held, sig: int) -> None:
+    def _send(self, held: Held) -> None:
+        # What began after the question is most likely somebody's way of obeying it.
+        if not self._killing and held.member.started > self._born_by:
+            return
+        sig = signal.SIGKILL if self._killing else self.run.first
         if held.send(sig) and len(self.records) < RECORDS:
             self._note("WorkerSignaled", rank=held.rank, pid=held.member.pid, signal=int(sig), reason="orphaned")
+        if not self._killing:
+            held.send(signal.SIGCONT)
 
     def _note(self, event: str, **fields: object) -> None:
         self.records.append(record(event, self.run.run_id, **fields))
@@ -264,12 +272,39 @@ def end_all(orphans: list[Orphans]) -> None:
         began = time.monotonic()
         for each in pending:
             each.strike(began)
-        everyone = procfs.members(since=min(each.run.since for each in pending))
+        _look(pending)
+        for _ in range(CHASES):
+            _chase(pending)
         for each in pending:
-            each.step(began, everyone)
+            each.conclude(began)
         now = time.monotonic()
-        pauses = [max(PAUSE, 3 * (now - began)), *(each.kill_at - now for each in pending if each.kill_at > began)]
+        pauses = [max(PAUSE, 2 * (now - began)), *(each.kill_at - now for each in pending if each.kill_at > began)]
         _wait([fd for each in pending for fd in each.fds], now + min(pauses))
+
+
+def _look(pending: list[Orphans]) -> None:
+    """Read every process of the machine once."""
+    since = min(each.run.since for each in pending)
+    everyone = []
+    for pid in procfs.pids():
+        member = procfs.read_member(pid, since=since)
+        if member is not None and member.started >= since:
+            everyone.append(member)
+            for each in pending:
+                each.meet(member)
+    for each in pending:  # children of what was found are ours too, whatever they made of environment and session
+        while any([each.meet(member) for member in everyone]):  # noqa: C419  # all of them, not up to the first
+            pass
+
+
+def _chase(pending: list[Orphans]) -> None:
+    """Read the newest processes only: who flees by forking is among them, and gone when all others have been read."""
+    last = procfs.last_pid()
+    for pid in range(last, max(last - NEWEST, 0), -1):
+        member = procfs.read_member(pid)
+        if member is not None:
+            for each in pending:
+                each.meet(member)
 
 
 def _wait(fds: list[int], deadline: float) -> None:

@@ -44,10 +44,15 @@ class ServedChild:
         """Learn that the kernel doesn't tell us its status; the server does."""
 
     def ended(self, status: ExitStatus | None) -> None:
-        """Learn how it ended; None when the server is gone and nobody knows."""
-        self.status = status
+        """Learn that it has ended, and how; None leaves what was known."""
+        self.status = status or self.status
         if not self.done.done():
             self.done.set_result(None)
+
+    def server_lost(self) -> None:
+        """Learn that the server is gone: without a descriptor nobody will tell of the end any more."""
+        if self.pidfd is None:
+            self.ended(None)
 
 
 def _pidfd_of(pid: int, parent: int) -> int | None:
@@ -143,7 +148,9 @@ class ForkServer:
             child = answer.result()
         except OSError as error:
             raise OSError(error.errno, f"{command.who} can't be started: {error.strerror}") from error
-        return Process(child, started_ns, confirmation)  # type: ignore[arg-type]  # same shape as its Collection
+        process = Process(child, started_ns, confirmation)  # type: ignore[arg-type]  # same shape as its Collection
+        process.exited.add_done_callback(lambda _: child.ended(None))
+        return process
 
     @property
     def _pid(self) -> int:
@@ -191,7 +198,7 @@ class ForkServer:
         while self._asked:
             self._asked.popleft().set_exception(OSError(errno.ECHILD, "the fork server has ended"))
         for child in self._children.values():
-            child.ended(None)
+            child.server_lost()
         self._children.clear()
 
     async def close(self) -> None:

@@ -2,17 +2,19 @@
 
 The door; the rest of the house imports from here only.
 
-A byte's walk: `pump` reads it from the worker's pipe, puts it to its file sink (`files`) first, then through `lines`
-to the console (`console`), the filter files and the subscribers (`subscribers`). `plan` decides which of these a
-stream has, `specs` names the files, `outputs` owns all streams of one attempt.
+A byte's walk: `pump` reads it from the worker's pipe (`pipes`, in its turn: `turns`) and puts it to its file sink first
+(`files`; on the disk: `logfile`, `pieces`); then through `lines` to the console (`voice`, `console`, `terminal`),
+the filter files, and the `hub`, from whose `tail` the `subscribers` read. `plan` decides which of these a stream has,
+`specs` names the files, `outputs` owns all streams of one attempt.
 """
 
 from .console import Console
 from .files import Journal
+from .hub import LineHub
 from .outputs import Outputs
 from .plan import DEFAULT_BUFFER_BYTES, LogsDest, LogsSpecs, Plans, Route, StreamPlan, plan
 from .specs import DefaultLogsSpecs, InheritLogsSpecs
-from .subscribers import LineHub, Lines
+from .subscribers import Lines
 
 __all__ = [
     "DEFAULT_BUFFER_BYTES",

@@ -1,8 +1,8 @@
 """The console: whole lines from all ranks, streams and runs of this process, one after the other.
 
 `Console` is a run's lease, `Voice` one stream's way to it, `Place` the one writer for what ends in one place: stdout
-and stderr share it where they are the same terminal, pipe or file. The writer is a daemon thread, so a console that hangs
-holds up neither the loop nor the interpreter's end; it is gone with the last run.
+and stderr share it where they are the same terminal, pipe or file. The writer is a daemon thread, so a console that
+hangs holds up neither the loop nor the interpreter's end; it is gone with the last run.
 
 Three rules.
 Back-pressure: while 1 MiB waits, streams that are shown are not read. A console that then accepts nothing for 0.25 s

@@ -16,12 +16,12 @@ from aelastic._tasks import service
 
 from .console import Console
 from .files import FileSink
+from .hub import HubStream, LineHub
 from .lines import Matching
 from .logfile import open_for_append
 from .pipes import OutputPipe, open_pipes
 from .plan import DEFAULT_BUFFER_BYTES, Plans, Route, StreamPlan
 from .pump import Pump
-from .subscribers import HubStream, LineHub
 
 TAIL_LINES = 40
 """Lines of `tail`."""

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import final
 
 from .files import FileSink
+from .hub import HubStream
 from .lines import NEWLINE, Matching
 from .pipes import OutputPipe
-from .subscribers import HubStream
 from .turns import TURN, Turns
 from .voice import Voice
 

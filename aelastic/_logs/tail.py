@@ -58,7 +58,7 @@ class Tail:
     """The newest chunks of a stream."""
 
     def __init__(self) -> None:
-        self.base = 0
+        self.dropped = 0
         """How many chunks were dropped; the first one kept has this index."""
         self.chunks: deque[Chunk] = deque()
         self.head = b""
@@ -105,7 +105,7 @@ class Tail:
         self.head_truncated = truncated or len(oldest.data) - cut > room
         self.first_number += oldest.lines
         self.chunks.popleft()
-        self.base += 1
+        self.dropped += 1
 
     def last(self, count: int) -> list[RawLine]:
         """The last lines, an unfinished one included."""
@@ -138,7 +138,7 @@ class Cursor:
     @property
     def position(self) -> int:
         """Its place in the stream, in bytes."""
-        index = self._index - self.tail.base
+        index = self._index - self.tail.dropped
         if index >= len(self.tail.chunks):
             return self.tail.size
         return self.tail.chunks[max(index, 0)].start + (self._offset if index >= 0 else 0)
@@ -146,14 +146,14 @@ class Cursor:
     @property
     def next_at_ns(self) -> int:
         """When the chunk under it was read."""
-        index = self._index - self.tail.base
+        index = self._index - self.tail.dropped
         return self.tail.chunks[max(index, 0)].at_ns if index < len(self.tail.chunks) else self._at_ns
 
     def next(self) -> RawLine | None:
         """The next whole line; None when there is none yet. The last line of an ended stream is whole."""
-        if self._index < self.tail.base:
+        if self._index < self.tail.dropped:
             self._to_left_edge()
-        while (index := self._index - self.tail.base) < len(self.tail.chunks):
+        while (index := self._index - self.tail.dropped) < len(self.tail.chunks):
             chunk = self.tail.chunks[index]
             self._at_ns = chunk.at_ns
             end = chunk.data.find(NEWLINE, self._offset)
@@ -209,7 +209,7 @@ class Cursor:
         tail = self.tail
         self._skipped += tail.first_number - self._number
         self._number = tail.first_number
-        self._index, self._offset = tail.base, 0
+        self._index, self._offset = tail.dropped, 0
         self._held, self._truncated = tail.head, tail.head_truncated
 
     def _to_right_edge(self) -> None:
@@ -218,7 +218,7 @@ class Cursor:
         self._skipped = 0
         for back, chunk in enumerate(reversed(tail.chunks), start=1):
             if chunk.lines:
-                self._index = tail.base + len(tail.chunks) - back
+                self._index = tail.dropped + len(tail.chunks) - back
                 self._offset = 0
                 self._held, self._truncated = b"", False
                 self._step(chunk, chunk.data.rfind(NEWLINE) + 1)

@@ -63,18 +63,18 @@ class _FirstStep:
         before = platform.children()
         try:
             awaited = next(steps)
+            newborn = [pid for pid in platform.children() if pid not in before]
+            if len(newborn) == 1:
+                self._collection.born(newborn[0])
+            while True:
+                try:
+                    sent = yield awaited
+                except BaseException as error:  # noqa: BLE001  # passed on to where it belongs
+                    awaited = steps.throw(error)
+                else:
+                    awaited = steps.send(sent)
         except StopIteration as done:
             return done.value
-        newborn = [pid for pid in platform.children() if pid not in before]
-        if len(newborn) == 1:
-            self._collection.born(newborn[0])
-        while True:
-            try:
-                sent = yield awaited
-            except BaseException as error:  # noqa: BLE001  # passed on to where it belongs
-                awaited = steps.throw(error)
-            else:
-                awaited = steps.send(sent)
 
 
 @final

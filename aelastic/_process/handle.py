@@ -119,7 +119,13 @@ class Process:
 
     async def reaped(self, within: float) -> None:
         """Wait until the process is collected, so that no zombie of ours is left; `within` seconds at the most."""
-        await asyncio.wait({self._collection.done}, timeout=within)
+        deadline, pause = self._loop.time() + within, PAUSES[0]
+        while not self._collection.done.done() and (left := deadline - self._loop.time()) > 0:
+            # On uvloop a foreign waiter may have been faster after we had looked, and then nobody tells.
+            await asyncio.wait({self._collection.done}, timeout=min(pause, left))
+            pause = min(pause * 2, PAUSES[-1])
+            if self.exited.done() and self.pidfd is not None and not platform.is_uncollected(self.pidfd):
+                self._collection.was_collected()
 
     def close(self) -> None:
         """Close the descriptors. Idempotent; after it nothing is signalled, and an exit not seen yet is not told."""

@@ -14,7 +14,7 @@ from typing import NoReturn, final
 from .._policies import WorkerOptions
 from .collection import Collection, collected_by_asyncio
 from .handle import Process
-from .limits import shortage
+from .limits import check_one_start, shortage
 from .trampoline import Confirmation, argv_of, needed_for
 
 TURNS = 3
@@ -122,6 +122,7 @@ async def _spawn(
     collection = Collection()
     started_ns = time.monotonic_ns()
     try:
+        check_one_start(command.stdin)
         await collected_by_asyncio(
             argv,
             collection,

@@ -8,8 +8,9 @@ import resource
 
 from .._child import procfs
 
-A_START_NEEDS = 8
-"""Descriptors that one spawn holds at the most while it is under way, those it keeps included."""
+A_START_NEEDS = 10
+"""Descriptors that one spawn holds at the most while it is under way, those it keeps included: three copies, two
+pipes, two pidfds on uvloop, fewer on asyncio."""
 
 
 def check_descriptors(needed: int, who: str) -> None:
@@ -32,6 +33,24 @@ def check_descriptors(needed: int, who: str) -> None:
             f"{who} can't be started: it needs {needed} descriptors, and {used} of the {soft} that this process may"
             f" have open are in use (RLIMIT_NOFILE, soft; hard: {hard}); raise the limit, or start fewer ranks",
         )
+
+
+def check_one_start(fd: int) -> None:
+    """Raise unless one spawn finds descriptors enough: uvloop leaks those it has taken when it finds no more.
+
+    Args:
+        fd: any that is open; it is copied.
+
+    Raises:
+        OSError: EMFILE or ENFILE.
+    """
+    copies: list[int] = []
+    try:
+        for _ in range(A_START_NEEDS):
+            copies.append(os.dup(fd))
+    finally:
+        for copy in copies:
+            os.close(copy)
 
 
 def open_descriptors() -> int:

@@ -92,6 +92,16 @@ class Child:
         self._reader.close()
 
 
+@contextlib.contextmanager
+def open_ends() -> Iterator[tuple[int, int]]:
+    """Descriptors to hand over as stdin and stdout."""
+    null = os.open(os.devnull, os.O_RDWR)
+    try:
+        yield null, null
+    finally:
+        os.close(null)
+
+
 @contextlib.asynccontextmanager
 async def child(*argv: str | bytes, **settings: Any) -> AsyncIterator[Child]:
     """A started child; killed and collected at the end."""

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from aelastic import DefaultLogsSpecs, Event, PContext, StopPolicy, start_processes
-from aelastic import Std as Std
+from aelastic import DefaultLogsSpecs, Event, PContext, Std, StopPolicy, start_processes
 from tests.ways_to_die import RUNS_ON, Way
 
 QUICK = StopPolicy(steps=((signal.SIGTERM, 0.3), (signal.SIGKILL, 10.0)), drain=0.2)

@@ -51,7 +51,9 @@ WRONG = (
     Wrong("envs no mapping", TypeError, r"envs\[0\] must be a mapping", more={"envs": {0: "A=1", 1: {}}}),
     Wrong("NUL in envs", ValueError, r"envs\[0\]\['A'\] holds a NUL", more={"envs": {0: {"A": "\0"}, 1: {}}}),
     Wrong("equals in envs", ValueError, "can't be the name of a variable", more={"envs": {0: {"A=": ""}, 1: {}}}),
-    Wrong("unknown prefix", RankMappingError, "log_line_prefixes has entries for 5", more={"log_line_prefixes": {5: ""}}),
+    Wrong(
+        "unknown prefix", RankMappingError, "log_line_prefixes has entries for 5", more={"log_line_prefixes": {5: ""}}
+    ),
     Wrong("prefix no string", TypeError, r"log_line_prefixes\[0\]", more={"log_line_prefixes": {0: 1}}),
     Wrong("start method", ValueError, "start_method must be", more={"start_method": "threads"}),
     Wrong("filters a string", TypeError, "duplicate_stdout_filters", more={"duplicate_stdout_filters": "error"}),
@@ -115,7 +117,7 @@ async def test_a_path_is_relative_to_the_workers_directory(tmp_path: Path) -> No
 
 async def test_a_directory_that_is_missing_is_told() -> None:
     """`cwd` that doesn't exist is not taken for a missing command."""
-    with pytest.raises(FileNotFoundError, match="job rank 0.*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"job rank 0.*nowhere"):
         await start_processes("job", "true", args={0: ()}, options=WorkerOptions(cwd="/nowhere"))
 
 
@@ -155,7 +157,8 @@ async def test_too_few_descriptors_are_told_with_limit_and_need(room: int, tmp_p
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest + room, hard))
         with pytest.raises(OSError) as caught:
             await start(
-                dict.fromkeys(range(64), RUNS_ON), logs_specs=DefaultLogsSpecs(str(tmp_path), tee=3)  # type: ignore[arg-type]
+                dict.fromkeys(range(64), RUNS_ON),
+                logs_specs=DefaultLogsSpecs(str(tmp_path), tee=3),  # type: ignore[arg-type]
             )
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
