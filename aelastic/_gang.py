@@ -21,15 +21,23 @@ from ._failures import ProcessFailure
 from ._function import Function
 from ._guard import Watch
 from ._lifecycle import State, schedule
-from ._logs import Console, LineHub, LogsDest, Outputs, StreamPlan
+from ._logs import Console, LineHub, LogsDest, Outputs, Route, StreamPlan
 from ._policies import Step
-from ._process import Command, Process, Tree, launch, resolve
+from ._process import Command, Process, Tree, check_descriptors, launch, resolve
 from ._results import Survivor
 from ._returned import Value
 from ._spec import RunSpec
 from ._std import Std
 from ._threads import Threads
 from ._worker import Cause, End, Worker
+
+
+_DESCRIPTORS = {Route.INHERIT: 0, Route.DISCARD: 1, Route.FILE: 1, Route.PIPE: 4}
+"""By route, what one stream of one rank has open: both ends of a pipe, the file and its index."""
+
+
+TRANSIENT_DESCRIPTORS = 16
+"""What one spawn has open while it is under way, and a look at /proc beside it."""
 
 
 class StartAbandoned(Exception):
@@ -159,6 +167,7 @@ class Gang:
                 resolve(spec.entrypoint, self._envs[rank], self._cwd, who=spec.who(rank))
         else:
             self._function = await Function.prepare(spec, machines.threads)
+        check_descriptors(self._descriptors, spec.name)
         self._outputs = await Outputs.open(
             self._plans,
             name=spec.name,
@@ -172,6 +181,12 @@ class Gang:
             on_broken=self._broken,
             buffer_bytes=self.dest.buffer_bytes,
         )
+
+    @property
+    def _descriptors(self) -> int:
+        """How many descriptors the start needs at the most: streams, files, pidfds (ours and asyncio's), pipes."""
+        streams = sum(_DESCRIPTORS[plan.route] for streams in self._plans.values() for plan in streams.values())
+        return streams + self.spec.nprocs * (2 if self.spec.is_command else 4) + TRANSIENT_DESCRIPTORS
 
     @property
     def _cwd(self) -> str | None:

@@ -34,9 +34,7 @@ class ServiceTask(asyncio.Task[T]):
         return False
 
 
-def service(
-    coro: Coroutine[Any, Any, T], *, name: str, on_cancel: Callable[[], None] | None = None
-) -> ServiceTask[T]:
+def service(coro: Coroutine[Any, Any, T], *, name: str, on_cancel: Callable[[], None] | None = None) -> ServiceTask[T]:
     """Start a service in the running loop.
 
     Args:
@@ -76,6 +74,15 @@ async def outlast(future: asyncio.Future[T], *, on_cancel: Callable[[], None] | 
             future.exception()  # seen: the cancellation is what the caller is told
         raise cancelled
     return future.result()
+
+
+async def first_of(*futures: asyncio.Future[Any], timeout: float | None = None) -> None:
+    """Wait until one of these is done; none is cancelled.
+
+    Args:
+        timeout: seconds at the most; None waits for ever.
+    """
+    await asyncio.wait(futures, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
 
 
 async def _until_done(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:

@@ -33,7 +33,7 @@ from ._process import Process, Tree
 from ._results import Survivor
 from ._returned import NO_RESULT, Returned, Value
 from ._std import Std
-from ._tasks import service
+from ._tasks import first_of, service
 from ._threads import Threads
 
 
@@ -145,7 +145,8 @@ class Worker:
         return (self._process.exit_ns - self._process.started_ns) / 1e9
 
     async def _live(self) -> End:
-        await asyncio.wait({self._process.exited, self._hurry}, return_when=asyncio.FIRST_COMPLETED)
+        if not self._dues:  # a stop may have come before this task had its first turn
+            await first_of(self._process.exited, self._hurry)
         if self.state is State.EXITED:
             self._judge(self, failed=await self._has_failed())
             await self._linger()
@@ -157,7 +158,7 @@ class Worker:
 
     async def _has_failed(self) -> bool:
         if self._returned is not None:
-            await asyncio.wait({self._returned, self._hurry}, timeout=self._policy.drain)
+            await first_of(self._returned, self._hurry, timeout=self._policy.drain)
         return not self._is_good()
 
     @property

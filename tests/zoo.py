@@ -21,13 +21,15 @@ def child(body):
     if os.fork() == 0:
         body()
         os._exit(0)
-def hop():
+def hop(pause=0.005):
     deaf(); alive()
-    while True:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
         if os.fork(): os._exit(0)
-        time.sleep(0.005)
+        time.sleep(pause)
 """
-"""`rest` lives until it is killed, `deaf` ignores SIGTERM, `hop` flees from pid to pid."""
+"""`rest` lives until it is killed, `deaf` ignores SIGTERM, `hop` flees from pid to pid (and tires after a minute, so
+that a test that fails doesn't spoil the machine)."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,14 @@ CLEANED = Tree(
     "child(lambda: (child(lambda: os.execve(args[0], args, {})), os._exit(0))); os.wait(); rest()",
 )
 STORM = Tree("fork storm", "[child(hop) for _ in range(3)]; rest()", lines=4)
-FLEEING = Tree("fork storm in sessions of its own", "[child(lambda: (os.setsid(), hop())) for _ in range(2)]; rest()", 3)
+FLEEING = Tree(
+    "fork storm in sessions of its own", "[child(lambda: (os.setsid(), hop())) for _ in range(2)]; rest()", 3
+)
 BREEDING = Tree(
     "breeding",
     "def breed():\n"
     "    deaf(); alive()\n"
-    "    for _ in range(100): child(lambda: time.sleep(600)); time.sleep(0.005)\n"
+    "    for _ in range(100): child(lambda: time.sleep(600)); time.sleep(0.05)\n"
     "    time.sleep(600)\n"
     "child(breed); rest()",
 )

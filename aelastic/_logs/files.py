@@ -162,11 +162,15 @@ class FileSink:
     async def _run(self) -> None:
         file: Any = self._file  # its types know FileIO only
         disk: Any = AsyncFileIO(file, asyncio.get_running_loop(), self._executor)
-        while self._pending or not self._finishing:
-            if self._pending:
-                await self._write(disk, self._taken())
-            else:
-                await self._pause(None)
+        try:
+            while self._pending or not self._finishing:
+                if self._pending:
+                    await self._write(disk, self._taken())
+                else:
+                    await self._pause(None)
+        except Exception:  # a bug of ours; a cancellation is none, it leaves the file to the thread that hangs
+            await disk.close()
+            raise
         await disk.close()
         self._count_deleted()
 

@@ -130,7 +130,7 @@ class LineHub:
             for std in STREAMS
             if of_rank[std].route is Route.PIPE
         }
-        self._streams.update(streams)
+        self._streams = {key: stream for key, stream in self._streams.items() if key[0] not in plans} | streams
         for reader in list(self._readers):
             for key, stream in streams.items():
                 if reader.chosen(*key):

@@ -76,6 +76,12 @@ class Pieces:
         return piece.size_bytes
 
     def _move(self, old: str, new: str) -> None:
+        if os.path.lexists(new):
+            # Somebody else's: no name of ours is taken here, since the higher numbers moved first.
+            number = len(self._pieces) + 2
+            while os.path.lexists(f"{self._path}.{number}"):
+                number += 1
+            os.rename(new, f"{self._path}.{number}")
         with contextlib.suppress(FileNotFoundError):  # no index was asked for, or somebody removed the piece
             os.rename(old, new)
 

@@ -172,8 +172,8 @@ class Pump:
         due = self._read_at + QUIET
         if self._loop.time() < due:
             self._quiet_timer = self._loop.call_at(due, self._quiet)
-        else:
-            self._voice.hush()
+        elif self._voice.hush():
+            self._quiet_timer = self._loop.call_later(QUIET, self._quiet)
 
     def _end(self) -> None:
         if not self.at_eof.done():

@@ -67,18 +67,25 @@ class Lines:
     def next_nowait(self) -> LogLine | None:
         """The next line if it is there: the oldest over all streams, as far as the time of reading tells."""
         while self._ready:
-            _, _, stream, cursor = heapq.heappop(self._ready)
-            self._queued.discard(cursor)
+            _, _, stream, cursor = self._ready[0]
             raw = cursor.next()
-            if self.lossless:
-                stream.on_room()
+            if raw is None or cursor.at_edge:
+                self._leave_chunk(stream, cursor, more=raw is not None)
             if raw is not None:
                 self._unfinished.pop(cursor, None)
-                self.has_more(stream, cursor)
                 return _log_line(stream, raw)
-            if self._partials and cursor.unfinished() is not None:
-                self._unfinished[cursor] = stream
         return self._next_partial()
+
+    def _leave_chunk(self, stream: HubStream, cursor: Cursor, *, more: bool) -> None:
+        """Let the stream whose next chunk is the oldest be the next; the lines of one chunk have one time."""
+        heapq.heappop(self._ready)
+        self._queued.discard(cursor)
+        if self.lossless:
+            stream.on_room()
+        if more:
+            self.has_more(stream, cursor)
+        elif self._partials and cursor.unfinished() is not None:
+            self._unfinished[cursor] = stream
 
     def _next_partial(self) -> LogLine | None:
         if not self._unfinished:

@@ -8,7 +8,6 @@ beginning is kept apart.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from typing import NamedTuple, final
 
 from .lines import NEWLINE
@@ -25,9 +24,7 @@ LOSSLESS_BYTES = 8 << 20
 """How much is kept for a reader that must lose nothing while the worker is no longer held back."""
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class RawLine:
+class RawLine(NamedTuple):
     """A line as a cursor found it."""
 
     number: int
@@ -134,6 +131,11 @@ class Cursor:
         self._to_left_edge()
         if live:
             self._to_right_edge()
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether it stands at the beginning of a chunk."""
+        return not self._offset
 
     @property
     def position(self) -> int:

@@ -70,6 +70,9 @@ class Voice:
         asyncio.get_running_loop().call_later(RECHECK, wake)
         if not self._waits_for_holder():
             self._place.wake_when(WAITING_BYTES // 2, wake)
+            return
+        with self._place.lock:
+            self._place.break_hold(time.monotonic())
 
     def feed(self, chunk: bytes) -> int:
         """Take a chunk; return how many lines it ended."""
@@ -83,8 +86,12 @@ class Voice:
             self.said_at = time.monotonic()
             self._say()
 
-    def hush(self) -> None:
-        """Show the unfinished line, after a quiet moment, where the console stands at the start of a line."""
+    def hush(self) -> bool:
+        """Show the unfinished line, after a quiet moment, where the console stands at the start of a line.
+
+        Returns:
+            Whether to ask again later, because the console is busy.
+        """
         place = self._place
         with place.lock:
             if place.holder is self:
@@ -92,13 +99,16 @@ class Voice:
                 if place.aside:
                     place.break_hold(time.monotonic())
             elif self._may_show_unfinished():
+                if place.waiting_bytes:
+                    return True
                 self._put(self._view.held[self._shown :])
                 self._shown = len(self._view.held)
                 place.unfinished = self
+            return False
 
     def _may_show_unfinished(self) -> bool:
         place = self._place
-        if place.closed or place.stalled or place.holder is not None or self.interrupted or self._skipping:
+        if place.closed or place.holder is not None or self.interrupted or self._skipping:
             return False
         return place.unfinished is None or place.unfinished is self
 

@@ -159,11 +159,11 @@ def report(ctx: PContext, result: RunProcsResult, signalled: int) -> int:
     if ctx.log_dir:
         paths = (path for rank in ctx.stdouts for path in (ctx.stdouts[rank], ctx.stderrs[rank]))
         files = [path for path in paths if path and os.path.getsize(path)]
-        say(f"logs of {ctx.name}: {ctx.log_dir}")
         for path in files[:NAMED_FILES]:
             say(f"  {os.path.relpath(path, ctx.log_dir)} ({os.path.getsize(path)} bytes)")
         if len(files) > NAMED_FILES:
             say(f"  and {len(files) - NAMED_FILES} more")
+        say(f"logs of {ctx.name}: {ctx.log_dir}")
     return 128 + signalled if signalled else exit_code(result)
 
 

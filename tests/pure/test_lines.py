@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ TEXTS = st.lists(st.sampled_from([b"\n", b"\r", b"\0", b"a", b"bc", "é".encode(
 def cut(data: bytes, places: Sequence[int]) -> list[bytes]:
     """Cut bytes at some places."""
     edges = sorted({0, len(data), *(place % (len(data) + 1) for place in places)})
-    return [data[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    return [data[start:end] for start, end in pairwise(edges)]
 
 
 def lines_of(data: bytes) -> list[bytes]:

@@ -21,11 +21,21 @@ from aelastic._std import Std, to_map
 def failed(rank: int, ns: int, **more: object) -> ProcessFailure:
     status = ExitStatus(3, None)
     return ProcessFailure(
-        local_rank=rank, pid=100 + rank, exitcode=3, error_file="", status=status, monotonic_ns=ns, **more  # type: ignore[arg-type]
+        local_rank=rank,
+        pid=100 + rank,
+        exitcode=3,
+        error_file="",
+        status=status,
+        monotonic_ns=ns,
+        **more,  # type: ignore[arg-type]
     )
 
 
-@given(st.one_of(st.builds(ExitStatus, st.integers(0, 255), st.none()), st.builds(ExitStatus, st.none(), st.integers(1, 64))))
+@given(
+    st.one_of(
+        st.builds(ExitStatus, st.integers(0, 255), st.none()), st.builds(ExitStatus, st.none(), st.integers(1, 64))
+    )
+)
 def test_a_returncode_says_all_that_an_exit_status_holds(status: ExitStatus) -> None:
     assert ExitStatus.from_returncode(status.returncode) == status
 
@@ -82,7 +92,15 @@ def test_a_close_with_arguments_replaces_the_first_step_only() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"umask": 0o1000}, {"nice": "5"}, {"cpus": ()}, {"cpus": {0: ()}}, {"rlimits": {7: "x"}}, {"cwd": 3}, {"cwd": "a\0"}]
+    [
+        {"umask": 0o1000},
+        {"nice": "5"},
+        {"cpus": ()},
+        {"cpus": {0: ()}},
+        {"rlimits": {7: "x"}},
+        {"cwd": 3},
+        {"cwd": "a\0"},
+    ]
     + [{"pass_fds": (-1,)}, {"unset_env": "HOME"}],
 )
 def test_worker_options_name_the_field_that_is_wrong(wrong: dict[str, object]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import pytest
 from aelastic._policies import WorkerOptions
 from aelastic._process import Command, Process, Tree, launch
 
-RUN_ID = "0123456789abcdef"
+RUN_ID = secrets.token_hex(8)
 NET = 20.0
 """Seconds after which a test that waits for a fact gives up; nothing takes that long."""
 LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
@@ -63,6 +64,11 @@ class Child:
             self._eof = True
             asyncio.get_running_loop().remove_reader(self._reader.fileno())
         self._more.set()
+
+    @property
+    def pipe_inode(self) -> int:
+        """Of its stdout."""
+        return os.fstat(self._reader.fileno()).st_ino
 
     async def line(self) -> str:
         """The next line it prints."""

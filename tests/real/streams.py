@@ -47,6 +47,8 @@ class PipeConsole:
 
     def read_on(self) -> None:
         """Read everything from now on."""
+        if self._reader is not None:
+            return
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 

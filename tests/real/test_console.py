@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import re
@@ -226,18 +227,30 @@ async def test_a_long_line_that_is_quiet_lets_others_speak() -> None:
 
 
 async def test_two_long_lines_come_one_after_the_other(tmp_path: Path) -> None:
-    """The second waits, its worker held back, until the first has ended."""
+    """While one holds the console the other waits, its worker held back; both are whole."""
+    console = PipeConsole()
+    console.read_on()
+    line = b"y" * (8 << 20)
+    async with attempt(DefaultLogsSpecs(str(tmp_path), tee=Std.OUT), 2, console=console) as streams:
+        await asyncio.gather(streams.write(line + b"\n", 0), streams.write(line + b"\n", 1))
+        await streams.end(0)
+        await streams.end(1)
+    assert sorted(console.close().splitlines()) == [b"[job0]:" + line, b"[job1]:" + line]
+
+
+async def test_a_worker_does_not_wait_for_a_long_line_that_stopped(tmp_path: Path) -> None:
+    """A long line without end that is quiet is broken for another long one."""
     console = PipeConsole()
     console.read_on()
     line = b"y" * (3 << 20)
     async with attempt(DefaultLogsSpecs(str(tmp_path), tee=Std.OUT), 2, console=console) as streams:
         await streams.write(line, 0)
         await until(lambda: len(console.shown) > voice_file.HELD_BYTES)
-        await streams.write(line, 1)
+        await streams.write(line + b"\n", 1)
+        await streams.write(b"end\n", 0)
         await streams.end(0)
         await streams.end(1)
-    shown = console.close()
-    assert shown == b"[job0]:" + line + b"\n[job1]:" + line + b"\n"
+    assert console.close().splitlines() == [b"[job0]:" + line, b"[job1]:" + line, b"[job0]:end"]
 
 
 @pytest.mark.parametrize("binary", [True, False])

@@ -21,9 +21,11 @@ from typing import Any
 
 import pytest
 
-from aelastic import DefaultLogsSpecs, GuardLost, StopPolicy, start_processes
+from aelastic import GuardLost, StopPolicy, start_processes
 from aelastic._child import procfs
 from aelastic._guard import Watch, watch
+from tests import leaks
+from tests.ways_to_die import PYTHON
 from tests.zoo import DEAF_CHILD, OBEDIENT, OWN_SESSION, TREES, Tree
 
 NET = 20.0
@@ -33,24 +35,29 @@ BOUND = 1.0
 """What DESIGN allows on top of the grace."""
 GUARD = str(Path(procfs.__file__).with_name("guard.py"))
 
-SUPERVISOR = """
-import asyncio, json, os, signal, sys
+SUPERVISOR = '''
+import asyncio, ctypes, json, os, signal, sys
 from aelastic import DefaultLogsSpecs, Std, StopPolicy, start_processes
 told = json.loads(sys.argv[1])
+def let_go():
+    """Close every copy of stdout; uvloop keeps some that programs inherit."""
+    output = os.readlink("/proc/self/fd/1")
+    held = [int(fd) for fd in os.listdir("/proc/self/fd") if os.path.lexists("/proc/self/fd/" + fd)]
+    [os.dup2(2, fd) for fd in held if os.readlink(f"/proc/self/fd/{fd}") == output]
 async def main():
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, exec, told["then"], globals())
     async with start_processes(
         "zoo", told["argv"][0], {rank: tuple(told["argv"][1:]) for rank in range(told["ranks"])},
         stop=StopPolicy(**told["stop"]), logs_specs=DefaultLogsSpecs(told["logs"]) if told["logs"] else None,
     ) as ctx:
-        exec(told["then"])
-        await asyncio.Event().wait()
+        await (ctx.wait() if told["ends"] else asyncio.Event().wait())
 if told["loop"] == "uvloop":
     import uvloop
     uvloop.run(main())
 else:
     asyncio.run(main())
-"""
-"""A supervisor that says on stderr what it is asked to, then waits to be killed."""
+'''
+"""A supervisor that waits to be killed, and does what it is told on SIGUSR1."""
 
 
 @dataclass
@@ -79,14 +86,11 @@ class Supervisor:
 
 @asynccontextmanager
 async def supervisor(
-    argv: tuple[str, ...], *, ranks: int = 1, stop: dict[str, Any] | None = None, logs: str = "", then: str = ""
+    argv: tuple[str, ...], *, ranks: int = 1, stop: dict[str, Any] | None = None, **told: str | bool
 ) -> AsyncIterator[Supervisor]:
     reading, writing = os.pipe()
-    loop = "uvloop" if "uvloop" in type(asyncio.get_running_loop()).__module__ else "asyncio"
-    stop = {"orphan_grace": GRACE} | (stop or {})
-    told = {"argv": argv, "ranks": ranks, "stop": stop, "logs": logs, "then": then, "loop": loop}
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", SUPERVISOR, json.dumps(told), stdout=writing, cwd=Path(__file__).parents[2]
+        *host(argv, ranks=ranks, stop=stop, **told), stdout=writing, cwd=Path(__file__).parents[2]
     )
     os.close(writing)
     reader = asyncio.StreamReader()
@@ -104,20 +108,34 @@ async def supervisor(
         await guards_gone(process.pid)
 
 
+def host(
+    argv: tuple[str, ...], *, ranks: int = 1, stop: dict[str, Any] | None = None, **told: str | bool
+) -> tuple[str, ...]:
+    """The command of a supervisor."""
+    loop = "uvloop" if "uvloop" in type(asyncio.get_running_loop()).__module__ else "asyncio"
+    known = {"logs": "", "then": "", "ends": False, "loop": loop}
+    stop = {"orphan_grace": GRACE} | (stop or {})
+    return (sys.executable, "-c", SUPERVISOR, json.dumps(known | {"argv": argv, "ranks": ranks, "stop": stop} | told))
+
+
 def guards() -> dict[int, int]:
-    """Guards of this machine: pid, and the supervisor that each watches."""
+    """The guards that descend from this session: pid, and the supervisor that each watches."""
     found = {}
     for pid in procfs.pids():
         words = procfs.command_of(pid).split(" ")
-        if GUARD in words[:4]:
+        if GUARD in words[:4] and leaks.OURS in procfs.read_variable(pid, procfs.LINEAGE):
             found[pid] = int(words[words.index(GUARD) + 1])
     return found
 
 
-def guard_of(supervisor_pid: int) -> int:
-    """The guard of a supervisor."""
-    (found,) = [guard for guard, watched in guards().items() if watched == supervisor_pid]
-    return found
+async def guard_of(supervisor_pid: int, *, other_than: int = 0) -> int:
+    """The guard of a supervisor; it is seen a moment after its start, when it has been exec'd."""
+    async with asyncio.timeout(NET):
+        while True:
+            for guard, supervised in guards().items():
+                if supervised == supervisor_pid and guard != other_than:
+                    return guard
+            await asyncio.sleep(0.002)
 
 
 async def guards_gone(supervisor_pid: int) -> None:
@@ -166,28 +184,23 @@ async def test_the_first_steps_signal_asks() -> None:
 
 async def test_a_nested_run_goes_with_the_outer_one() -> None:
     """A worker that uses the library itself leaves nothing either, its own guard included."""
-    inner = {"argv": DEAF_CHILD.argv, "ranks": 2, "stop": {}, "logs": "", "then": "", "loop": "asyncio"}
-    argv = (sys.executable, "-c", SUPERVISOR, json.dumps(inner))
-    before = guards()
-    async with supervisor(argv, stop={"orphan_grace": 1.5}) as zoo:
+    async with supervisor(host(DEAF_CHILD.argv, ranks=2), stop={"orphan_grace": 1.5}) as zoo:
         await zoo.said("alive", 4)
-        assert len(guards().keys() - before.keys()) == 2
+        assert len(guards()) == 2
         assert await zoo.gone() < 1.5 + BOUND
-        while guards().keys() - before.keys():
+        while guards():
             await asyncio.sleep(0.005)
 
 
 async def test_a_nested_supervisor_that_is_killed_leaves_nothing() -> None:
-    """Its own guard acts although the outer run goes on."""
-    inner = {"argv": OWN_SESSION.argv, "ranks": 1, "stop": {"orphan_grace": GRACE}, "logs": "", "then": ""}
-    argv = (sys.executable, "-c", SUPERVISOR, json.dumps(inner | {"loop": "asyncio"}))
-    async with supervisor(argv, then="exec('async def over(): await ctx.wait(); os._exit(0)'); await over()") as zoo:
-        await zoo.said("alive", 2)
+    """Its own guard acts, long before the outer run's patience is at its end."""
+    async with supervisor(host(OWN_SESSION.argv), stop={"orphan_grace": 30.0}, ends=True) as zoo:
+        await zoo.said("alive", OWN_SESSION.lines)
         (worker,) = [pid for pid in procfs.pids() if parent_of(pid) == zoo.process.pid and pid not in guards()]
         began = time.monotonic()
         os.kill(worker, signal.SIGKILL)
         await zoo.reader.read()
-        assert time.monotonic() - began < GRACE + BOUND + 1.0
+        assert time.monotonic() - began < 15.0  # the outer supervisor's own end included; its SIGKILL comes at 30
 
 
 def parent_of(pid: int) -> int:
@@ -197,59 +210,50 @@ def parent_of(pid: int) -> int:
 
 async def test_keep_leaves_the_workers_alone() -> None:
     """With `on_supervisor_death="keep"` they go on."""
-    source = "import os, sys; os.write(1, b'alive\\n'); sys.stdin.read(); os.write(1, b'went on\\n')"
-    fifo_end, hold = os.pipe()
-    argv = (sys.executable, "-I", "-S", "-c", source)
-    async with supervisor(("sh", "-c", 'exec "$@" <"$0"', f"/proc/{os.getpid()}/fd/{fifo_end}", *argv)) as zoo:
-        await zoo.said("alive")
-        zoo.process.terminate()
-        await zoo.process.wait()
-    async with supervisor(
-        ("sh", "-c", 'exec "$@" <"$0"', f"/proc/{os.getpid()}/fd/{fifo_end}", *argv),
-        stop={"on_supervisor_death": "keep"},
-    ) as zoo:
+    source = "import os; os.write(1, b'alive\\n'); os.read(0, 1); os.write(1, b'went on\\n')"
+    held, hold = os.pipe()
+    argv = ("sh", "-c", 'exec "$@" <"$0"', f"/proc/{os.getpid()}/fd/{held}", *PYTHON, source)
+    async with supervisor(argv, stop={"on_supervisor_death": "keep"}) as zoo:
         await zoo.said("alive")
         zoo.process.kill()
         await zoo.process.wait()
         await guards_gone(zoo.process.pid)
         os.close(hold)
-        os.close(fifo_end)
+        os.close(held)
         await zoo.said("went on")
         await zoo.reader.read()
 
 
 async def test_a_host_that_forked_is_seen_to_die() -> None:
-    """Its child holds a copy of everything, the lifeline included: the pidfd tells."""
-    then = "os.fork() or (os.close(1), os.write(2, b''), signal.pause())"
+    """Its child, forked by something that isn't Python, holds a copy of everything: the pidfd tells."""
+    then = "ctypes.CDLL(None).fork() or (os.write(1, b'forked %d\\n' % os.getpid()), let_go(), signal.pause())"
     async with supervisor(OWN_SESSION.argv, then=then) as zoo:
         await zoo.said("alive", OWN_SESSION.lines)
+        zoo.process.send_signal(signal.SIGUSR1)
+        forked = int((await zoo.reader.readline()).split()[1])
         try:
             assert await zoo.gone() < GRACE + BOUND
         finally:
-            forked = [pid for pid in procfs.pids() if SUPERVISOR[:40] in procfs.command_of(pid)]
-            for pid in forked:
-                os.kill(pid, signal.SIGKILL)
+            os.kill(forked, signal.SIGKILL)
 
 
 async def test_a_host_that_becomes_another_program_counts_as_dead() -> None:
     """Its pid lives on: the end of the lifeline tells."""
-    then = "os.execv('/bin/sh', ['sh', '-c', 'exec sleep 600 >&2'])"
+    then = "let_go(); os.execvp('sleep', ['sleep', '600'])"
     async with supervisor(OWN_SESSION.argv, then=then) as zoo:
         await zoo.said("alive", OWN_SESSION.lines)
+        began = time.monotonic()
+        zoo.process.send_signal(signal.SIGUSR1)
         await zoo.reader.read()
+        assert time.monotonic() - began < GRACE + BOUND
 
 
 async def test_the_journal_tells_what_the_guard_did(tmp_path: Path) -> None:
     """Who was sent which signal, in lines shaped like the events before them."""
-    source = DEAF_CHILD.source.replace('os.write(1, b"alive\\n")', 'os.write(2, b"alive\\n")')
-    async with supervisor((*DEAF_CHILD.argv[:-1], source), logs=str(tmp_path)) as zoo:
-        errors = await log_lines(tmp_path, "stderr.log", 0)
-        del errors
-        journal = await found(tmp_path, "events.jsonl")
-        while journal.read_text().count("WorkerStarted") < 1:
-            await asyncio.sleep(0.005)
+    async with supervisor(DEAF_CHILD.argv, logs=str(tmp_path)) as zoo:
+        await zoo.said("alive", DEAF_CHILD.lines)
         await zoo.gone()
-        await guards_gone(zoo.process.pid)
+    (journal,) = tmp_path.rglob("events.jsonl")
     told = [json.loads(line) for line in journal.read_text().splitlines()]
     told = told[[each["event"] for each in told].index("SupervisorDied") :]
     assert told[0]["pid"] == zoo.process.pid
@@ -257,54 +261,35 @@ async def test_the_journal_tells_what_the_guard_did(tmp_path: Path) -> None:
     assert {each["run_id"] for each in told} == {told[0]["run_id"]}
     signaled = [each for each in told if each["event"] == "WorkerSignaled"]
     assert {each["rank"] for each in signaled} == {0}
-    assert signaled[0]["signal"] == signal.SIGTERM
-
-
-async def found(root: Path, name: str) -> Path:
-    """Wait until there is such a file below the directory."""
-    while not (paths := list(root.rglob(name))):
-        await asyncio.sleep(0.005)
-    return paths[0]
-
-
-async def log_lines(root: Path, name: str, count: int) -> list[str]:
-    """Wait until a log has that many lines."""
-    path = await found(root, name)
-    while len(lines := path.read_text().splitlines()) < count:
-        await asyncio.sleep(0.005)
-    return lines
+    assert [each["signal"] for each in signaled] == [signal.SIGTERM, signal.SIGTERM, signal.SIGKILL]
 
 
 async def test_a_dead_guard_is_announced_and_replaced() -> None:
     """The next one is told everything again: it protects the workers of before."""
-    async with start_processes("zoo", "sleep", {0: "600", 1: "600"}) as ctx:
-        first = guard_of(os.getpid())
+    async with start_processes("zoo", "sleep", {0: ("600",), 1: ("600",)}) as ctx:
+        first = await guard_of(os.getpid())
         os.kill(first, signal.SIGKILL)
         async with asyncio.timeout(NET):
             lost = await anext(event async for event in ctx.events() if isinstance(event, GuardLost))
             assert (lost.pid, lost.reason) == (first, "killed by SIGKILL")
-            while set(guards().values()) != {os.getpid()} or guard_of(os.getpid()) == first:
-                await asyncio.sleep(0.005)
+            assert await guard_of(os.getpid(), other_than=first) != first
     assert os.getpid() not in guards().values()
 
 
 async def test_the_guard_that_replaced_a_dead_one_acts() -> None:
     """It knows the workers of before: they are found without any lineage."""
-    then = "del os.environ['PATH']"
-    argv = ("env", "-i", *OWN_SESSION.argv[:-1], DEAF_CHILD.source)
-    async with supervisor(argv, then=then) as zoo:
+    argv = ("env", "-i", *DEAF_CHILD.argv)
+    async with supervisor(argv) as zoo:
         await zoo.said("alive", DEAF_CHILD.lines)
-        first = guard_of(zoo.process.pid)
+        first = await guard_of(zoo.process.pid)
         os.kill(first, signal.SIGKILL)
-        while zoo.process.pid not in guards().values() or guard_of(zoo.process.pid) == first:
-            await asyncio.sleep(0.005)
-        await booted(guard_of(zoo.process.pid))
+        await booted(await guard_of(zoo.process.pid, other_than=first))
         assert await zoo.gone() < GRACE + BOUND
 
 
 async def booted(guard: int) -> None:
     """Wait until a guard has come to rest."""
-    while not ("poll" in procfs.wait_channel(guard)):
+    while "poll" not in procfs.wait_channel(guard):
         await asyncio.sleep(0.005)
 
 
@@ -312,17 +297,17 @@ async def test_the_guard_holds_nothing_and_is_hard_to_disturb() -> None:
     """Session of its own, no directory, no terminal, no output; SIGTERM, SIGINT and SIGHUP are ignored."""
     async with supervisor(OBEDIENT.argv) as zoo:
         await zoo.said("alive", OBEDIENT.lines)
-        guard = guard_of(zoo.process.pid)
+        guard = await guard_of(zoo.process.pid)
         await booted(guard)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             os.kill(guard, number)
         member = procfs.read_member(guard)
-        assert member is not None and (member.session, member.group) == (guard, guard)
+        assert member is not None
+        assert (member.session, member.group) == (guard, guard)
         assert os.readlink(f"/proc/{guard}/cwd") == "/"
         held = [os.readlink(f"/proc/{guard}/fd/{fd}") for fd in (0, 1, 2)]
         assert held == ["/dev/null"] * 3
-        open_ones = [os.readlink(f"/proc/{guard}/fd/{fd}") for fd in os.listdir(f"/proc/{guard}/fd")]
-        assert len([what for what in open_ones if what.startswith("pipe:")]) == 1  # its lifeline
+        assert len([what for what in holds(guard) if what.startswith("pipe:")]) == 1  # its lifeline
         assert await zoo.gone() < GRACE + BOUND
 
 
@@ -330,7 +315,7 @@ async def test_the_guard_is_small_and_idle() -> None:
     """At most 12 MiB and 60 ms of CPU once, and nothing while it waits."""
     async with supervisor(OBEDIENT.argv, ranks=4) as zoo:
         await zoo.said("alive", 4 * OBEDIENT.lines)
-        guard = guard_of(zoo.process.pid)
+        guard = await guard_of(zoo.process.pid)
         await booted(guard)
         before = cpu_seconds(guard)
         await asyncio.sleep(0.3)  # the fact is that nothing happens
@@ -365,11 +350,11 @@ async def test_one_guard_for_all_runs_gone_with_the_last() -> None:
     """It is shared by the runs of a process, and left by none."""
     with threads() as executor:
         one = await watched("one", executor)
-        guard = guard_of(os.getpid())
+        guard = await guard_of(os.getpid())
         two = await watched("two", executor)
-        assert guard_of(os.getpid()) == guard
+        assert await guard_of(os.getpid()) == guard
         await one.release()
-        assert guard_of(os.getpid()) == guard
+        assert await guard_of(os.getpid()) == guard
         await two.release()
         await two.release()
     assert os.getpid() not in guards().values()
@@ -395,7 +380,7 @@ async def test_runs_of_several_loops_in_several_threads_share_the_guard() -> Non
         async with asyncio.timeout(NET):
             thread = asyncio.create_task(asyncio.to_thread(asyncio.run, there()))
             await both.wait()
-            os.kill(guard_of(os.getpid()), signal.SIGKILL)
+            os.kill(await guard_of(os.getpid()), signal.SIGKILL)
             assert await thread == 1
         await mine.release()
     assert os.getpid() not in guards().values()
@@ -414,17 +399,16 @@ async def test_a_cancelled_watch_leaves_no_guard() -> None:
             assert os.getpid() not in guards().values()
 
 
-async def test_a_forked_host_has_a_guard_of_its_own() -> None:
-    """The child begins anew, and doesn't hold the parent's lifeline."""
+async def test_a_forked_host_doesnt_hold_the_lifeline() -> None:
+    """The child begins anew, without its parent's guard."""
     with threads() as executor:
         mine = await watched("mine", executor)
-        pipe = {os.readlink(f"/proc/{guard_of(os.getpid())}/fd/{fd}") for fd in os.listdir(f"/proc/{guard_of(os.getpid())}/fd")}
-        (lifeline,) = [what for what in pipe if what.startswith("pipe:")]
+        guard = await guard_of(os.getpid())
+        (lifeline,) = [what for what in holds(guard) if what.startswith("pipe:")]
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
-            held = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if int(fd) != writing and os.path.lexists(f"/proc/self/fd/{fd}")]
-            os.write(writing, b"holds it" if lifeline in held else b"free")
+            os.write(writing, b"holds it" if lifeline in holds(os.getpid()) else b"free")
             os._exit(0)
         os.close(writing)
         os.waitpid(child, 0)
@@ -433,13 +417,19 @@ async def test_a_forked_host_has_a_guard_of_its_own() -> None:
         await mine.release()
 
 
+def holds(pid: int) -> list[str]:
+    """What a process has open."""
+    fds = [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
+    return [os.readlink(fd) for fd in fds if os.path.lexists(fd)]
+
+
 async def test_a_stopped_guard_is_replaced_when_it_reads_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Telling never waits: what the pipe can't take is kept, and a guard that takes nothing is replaced."""
     monkeypatch.setattr("aelastic._guard.BACKLOG_BYTES", 4096)
     with threads() as executor:
         lost: list[str] = []
         mine = await watched("mine", executor, lost)
-        os.kill(guard_of(os.getpid()), signal.SIGSTOP)
+        os.kill(await guard_of(os.getpid()), signal.SIGSTOP)
         async with asyncio.timeout(NET):
             while not lost:
                 for _ in range(100):

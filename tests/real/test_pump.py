@@ -31,7 +31,8 @@ def shown_as(data: bytes) -> bytes:
 async def test_every_byte_is_in_the_file_and_every_line_on_the_console(tmp_path: Path) -> None:
     """Whatever the bytes and however they are written, the file has them and the console the lines."""
     chance = random.Random(4)
-    data = b"".join(chance.choice([b"\n", b"\0", b"\xff\xfe", "ü".encode(), b"\r50%\r", b"x" * 999]) for _ in range(4000))
+    parts = [b"\n", b"\0", b"\xff\xfe", "ü".encode(), b"\r50%\r", b"x" * 999]
+    data = b"".join(chance.choice(parts) for _ in range(4000))
     console = PipeConsole()
     console.read_on()
     async with attempt(DefaultLogsSpecs(str(tmp_path), tee=Std.OUT), console=console) as streams:

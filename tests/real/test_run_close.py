@@ -182,6 +182,8 @@ def test_a_forgotten_context_ends_with_the_loop(loop: Callable[[], asyncio.Abstr
     assert not [pid for pid in pids if alive(pid)]
 
 
+# Not on uvloop: its loop.close() can hang after that, with a bare create_subprocess_exec too.
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 async def test_a_foreign_waiter_does_not_lose_the_end() -> None:
     """Somebody else's `waitpid(-1)` may take the status; the exit is seen all the same."""
     ctx = await start_processes("test", "sleep", args={0: ("60",)}, stop=SHORT)
