@@ -11,11 +11,12 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from signal import SIGKILL
 from typing import Any, final
 
 from ._bus import Bus
-from ._evidence import OomKills, count_oom_kills
 from ._events import AttemptFinished, AttemptStarted, OutputLost, StopRequested
+from ._evidence import OomKills, count_oom_kills
 from ._exit import ExitStatus
 from ._failures import ProcessFailure
 from ._function import Function
@@ -30,7 +31,6 @@ from ._spec import RunSpec
 from ._std import Std
 from ._threads import Threads
 from ._worker import Cause, End, Worker
-
 
 _DESCRIPTORS = {Route.INHERIT: 0, Route.DISCARD: 1, Route.FILE: 1, Route.PIPE: 4}
 """By route, what one stream of one rank has open: both ends of a pipe, the file and its index."""
@@ -230,7 +230,7 @@ class Gang:
 
     def _employ(self, rank: int, process: Process) -> Worker:
         machines = self._machines
-        return Worker(
+        worker = Worker(
             rank,
             process,
             outputs=self._opened,
@@ -243,6 +243,12 @@ class Gang:
             publish=machines.bus.publish,
             judge=self._judged,
         )
+        worker.ended.add_done_callback(self._supervised)
+        return worker
+
+    def _supervised(self, ended: asyncio.Task[End]) -> None:
+        if (error := ended.exception()) is not None:
+            self._broken(error)
 
     async def _take_down(self, processes: Mapping[int, Process]) -> None:
         """Undo a half start: everything that was launched is gone on return, or reported."""
@@ -299,6 +305,14 @@ class Gang:
         self._error = self._error or error
         self._stop_all(self._stopped or Cause.FAILURE, f"its output could not be supervised: {error!r}")
 
+    async def _kill_unsupervised(self) -> None:
+        """End what a worker whose supervision broke has left: nobody takes its steps any more."""
+        for worker in self.workers.values():
+            if worker.ended.exception() is not None:
+                until = self._loop.time() + self.spec.stop.steps[-1][1]
+                never = self._loop.create_future()
+                await self._machines.tree.press(worker.rank, SIGKILL, until, hurry=never, on_hit=lambda *_: None)
+
     def _output_lost(self, rank: int, std: Std, lost_bytes: int, reason: str) -> None:
         self._machines.bus.publish(OutputLost(rank=rank, std=std, lost_bytes=lost_bytes, reason=reason))
 
@@ -307,6 +321,8 @@ class Gang:
         attempt = AttemptEnd(closed=False)
         if self.workers:
             await asyncio.wait([worker.ended for worker in self.workers.values()])
+        if self._error is not None:
+            await self._kill_unsupervised()
         if self._grace is not None:
             self._grace.cancel()
         if self._function is not None:

@@ -136,7 +136,7 @@ class RunProcsResult:
         """Raise what went wrong; return when nothing did, or when the run was stopped by its caller.
 
         Raises:
-            ChildFailedError: if the outcome is `"failed"`; its cause is the root cause's own exception, if there is one.
+            ChildFailedError: if the outcome is `"failed"`; its cause is the root cause's own exception, if it has one.
         """
         if self.is_failed():
             cause = self.root_cause.exception if self.root_cause else None

@@ -27,7 +27,7 @@ class ServiceTask(asyncio.Task[T]):
 
     on_cancel: Callable[[], None] | None = None
 
-    def cancel(self, msg: Any | None = None) -> bool:
+    def cancel(self, msg: Any | None = None) -> bool:  # noqa: ARG002  # asyncio's signature
         """Pass the request on; always False, because nothing is thrown into the task."""
         if self.on_cancel is not None and not self.done():
             self.on_cancel()

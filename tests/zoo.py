@@ -21,7 +21,7 @@ def child(body):
     if os.fork() == 0:
         body()
         os._exit(0)
-def hop(pause=0.005):
+def hop(pause=0.05):
     deaf(); alive()
     end = time.monotonic() + 60
     while time.monotonic() < end:

@@ -24,6 +24,9 @@ from .logfile import Batch, LogFile
 BATCH_CHUNKS = 256
 GRACE = 1.0
 """Seconds for which a failing file is tried again before anything is given up."""
+SMALL_BYTES = 1 << 16
+SMALL_EVERY = 0.1
+"""Seconds between two writes of less than 64 KiB to one file; the first after a quiet time is made at once."""
 FIRST_PAUSE = 0.02
 LONGEST_PAUSE = 1.0
 GIVEN_UP_AFTER = 5.0
@@ -75,6 +78,8 @@ class FileSink:
         self._reason = ""
         self._announced = False
         self._finishing = False
+        self._next_small = 0.0
+        """When the next write of less than 64 KiB may begin, on the loop's clock."""
         self._waker: asyncio.Future[None] | None = None
         self._task: ServiceTask[None] | None = None
 
@@ -123,7 +128,7 @@ class FileSink:
             return
         self._pending.append((data, at_ns))
         self._pending_bytes += len(data)
-        if self._failing_since is None:
+        if self._failing_since is None and (len(self._pending) == 1 or self._pending_bytes >= SMALL_BYTES):
             self._wake()
 
     async def finish(self) -> None:
@@ -164,15 +169,23 @@ class FileSink:
         disk: Any = AsyncFileIO(file, asyncio.get_running_loop(), self._executor)
         try:
             while self._pending or not self._finishing:
-                if self._pending:
-                    await self._write(disk, self._taken())
-                else:
+                if not self._pending:
                     await self._pause(None)
+                elif (rest := self._too_soon()) > 0:
+                    await self._pause(rest)
+                else:
+                    await self._write(disk, self._taken())
         except Exception:  # a bug of ours; a cancellation is none, it leaves the file to the thread that hangs
             await disk.close()
             raise
         await disk.close()
         self._count_deleted()
+
+    def _too_soon(self) -> float:
+        """Seconds to wait for more, so that a stream of short lines isn't one job for each line."""
+        if self._finishing or self._pending_bytes >= SMALL_BYTES:
+            return 0.0
+        return self._next_small - asyncio.get_running_loop().time()
 
     def _taken(self) -> Batch:
         batch, self._pending = self._pending[:BATCH_CHUNKS], self._pending[BATCH_CHUNKS:]
@@ -205,6 +218,7 @@ class FileSink:
             await self._pause(LONGEST_PAUSE)
 
     def _written_batch(self) -> None:
+        self._next_small = asyncio.get_running_loop().time() + SMALL_EVERY
         was_full = self.full
         self._writing_bytes = 0
         if was_full:

@@ -27,6 +27,8 @@ SHORT_BYTES = 1 << 12
 LAST_BYTES = 4 << 20
 """How much is taken at the most when time is up while somebody still writes."""
 QUIET = 0.2
+IDLE_LOOKS = 10
+"""How often a stream is looked at in vain before it is waited for again."""
 
 
 @final
@@ -65,6 +67,9 @@ class Pump:
         self._loop = loop
         self._turns = Turns.of_running_loop()
         self._listening = False
+        self._looked_at = False
+        """Whether it is read with every tick instead of being waited for."""
+        self._idle_looks = 0
         self._paused = False
         self._quiet_timer: asyncio.TimerHandle | None = None
         self._read_at = 0.0
@@ -77,12 +82,15 @@ class Pump:
         self._listen()
 
     def _listen(self) -> None:
-        if not self._listening and not self.at_eof.done():
+        if not self._listening and not self._looked_at and not self.at_eof.done():
             self._listening = True
             self._loop.add_reader(self._pipe.read_fd, self._turns.ready, self)
 
     def _unlisten(self) -> None:
         self._turns.forget(self)
+        if self._looked_at:
+            self._looked_at = False
+            self._turns.leave_alone(self)
         if self._listening:
             self._listening = False
             self._loop.remove_reader(self._pipe.read_fd)
@@ -143,7 +151,23 @@ class Pump:
         finally:
             if size:
                 self._after_turn(now)
+            if size < SHORT_BYTES:
+                self._settle_how_to_wait(size, now)
         return len(chunk) >= SHORT_BYTES
+
+    def _settle_how_to_wait(self, size: int, now: float) -> None:
+        """Choose between being woken for each line and being looked at in turn; see `turns`."""
+        if size:
+            self._turns.count_small_read(now)
+        if self._looked_at:
+            self._idle_looks = 0 if size else self._idle_looks + 1
+            if self._idle_looks >= IDLE_LOOKS or not self._turns.crowded:
+                self._unlisten()
+                self._listen()
+        elif size and self._turns.crowded and not self._paused and not self.at_eof.done():
+            self._unlisten()
+            self._looked_at, self._idle_looks = True, 0
+            self._turns.look_at(self)
 
     def _hand_on(self, chunk: bytes, at_ns: int, now: float) -> None:
         if self.file is not None:

@@ -1,6 +1,9 @@
 """Whose turn it is to read: all streams of a loop, first come, first served, within a budget per turn of the loop.
 
 Stalls add up over all that is ready in one iteration of a loop, so a bound for each stream alone is not enough.
+
+Waking up for every line costs more than reading it. So while more than a thousand small reads a second are made in all,
+the streams that write all the time are not waited for one by one but looked at together, 50 times a second.
 """
 
 from __future__ import annotations
@@ -15,6 +18,11 @@ ITERATION = 0.004
 """Seconds of one iteration of the loop that reading may take, give or take a chunk."""
 TURN = 0.002
 """Seconds of one stream's turn."""
+TICK = 0.02
+"""Seconds between two looks at streams that write all the time."""
+WINDOW = 0.1
+CROWDED = 100
+"""Small reads in a window from which on it pays to look at streams together."""
 
 
 class Reader(Protocol):
@@ -37,10 +45,15 @@ class Turns:
 
     _of_loop: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Turns]] = weakref.WeakKeyDictionary()
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._call_soon = loop.call_soon
+    def __init__(self) -> None:
         self._queue: deque[Reader] = deque()
         self._queued: set[Reader] = set()
+        self._looked_at: set[Reader] = set()
+        self._ticking = False
+        self._window_ends = 0.0
+        self._small_reads = 0
+        self.crowded = False
+        """Whether more than a thousand small reads a second were made of late."""
 
     @classmethod
     def of_running_loop(cls) -> Turns:
@@ -48,7 +61,7 @@ class Turns:
         loop = asyncio.get_running_loop()
         turns = cls._of_loop.get(loop)
         if turns is None:
-            turns = cls._of_loop[loop] = cls(loop)
+            turns = cls._of_loop[loop] = cls()
         return turns
 
     def ready(self, reader: Reader) -> None:
@@ -56,7 +69,7 @@ class Turns:
         if reader in self._queued:
             return
         if not self._queue:
-            self._call_soon(self._give_turns)
+            asyncio.get_running_loop().call_soon(self._give_turns)
         self._queued.add(reader)
         self._queue.append(reader)
 
@@ -65,6 +78,32 @@ class Turns:
         if reader in self._queued:
             self._queued.discard(reader)
             self._queue.remove(reader)
+
+    def count_small_read(self, now: float) -> None:
+        """Take note of a read that was hardly worth a turn, at `now` on the loop's clock."""
+        self._small_reads += 1
+        if now >= self._window_ends:
+            self.crowded = self._small_reads > CROWDED and now < self._window_ends + WINDOW
+            self._small_reads = 0
+            self._window_ends = now + WINDOW
+
+    def look_at(self, reader: Reader) -> None:
+        """Give a stream a turn with every tick, until it is left alone."""
+        self._looked_at.add(reader)
+        if not self._ticking:
+            self._ticking = True
+            asyncio.get_running_loop().call_later(TICK, self._tick)
+
+    def leave_alone(self, reader: Reader) -> None:
+        """Give a stream no more turns of itself."""
+        self._looked_at.discard(reader)
+
+    def _tick(self) -> None:
+        self._ticking = bool(self._looked_at)
+        if self._ticking:
+            asyncio.get_running_loop().call_later(TICK, self._tick)
+        for reader in self._looked_at:
+            self.ready(reader)
 
     def _give_turns(self) -> None:
         now = time.perf_counter()
@@ -77,4 +116,4 @@ class Turns:
                 self._queue.append(reader)
             now = time.perf_counter()
         if self._queue:
-            self._call_soon(self._give_turns)
+            asyncio.get_running_loop().call_soon(self._give_turns)

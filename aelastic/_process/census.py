@@ -30,6 +30,8 @@ from . import platform
 from .handle import Process
 
 Identity = tuple[int, int]
+Origin = tuple[str, int]
+"""The innermost run a process came from, and its rank there."""
 STATES = {
     "D": "D (disk sleep)",
     "R": "R (running)",
@@ -38,6 +40,8 @@ STATES = {
     "t": "t (tracing stop)",
     "Z": "Z (first thread ended, others run)",
 }
+LISTINGS = 5
+"""How often one look lists /proc at the most, as long as there is somebody new."""
 UNCLAIMED = -1
 """The rank of what carries the run's lineage, when nothing tells whose it is: see `Sight.of`."""
 
@@ -88,7 +92,7 @@ class Census:
     """
 
     def __init__(self, run_id: str) -> None:
-        self._run_id = run_id
+        self.run_id = run_id
         self.since = procfs.now_ticks() - 1
         """Start ticks: nothing of the run is older."""
         self._known: dict[Identity, int] = {}
@@ -98,7 +102,7 @@ class Census:
     def look(self, leaders: Sequence[Leader]) -> Sight:
         """Read /proc and say whose each process is."""
         before = procfs.now_ticks()
-        everybody = procfs.members(lineage=False)
+        everybody, origins = read_everybody(self.run_id, self.since)
         if any(_runs(leader) and not self._is_new(leader.process.pid, everybody) for leader in leaders):
             self.since = 0  # this system's /proc has another clock
         seen = {member.pid: member for member in everybody if member.started >= self.since}
@@ -106,7 +110,7 @@ class Census:
         for leader in leaders:
             if _runs(leader):
                 leader.held_ticks = before
-        self._known = _Look(self._run_id, seen, self._known, self._nested).attribute(leaders)
+        self._known = _Look(self.run_id, seen, origins, self._known, self._nested).attribute(leaders)
         return self._sight(everybody)
 
     def _is_new(self, pid: int, everybody: Iterable[Member]) -> bool:
@@ -130,8 +134,14 @@ class _Look:
     """The work of one look."""
 
     def __init__(
-        self, run_id: str, seen: Mapping[int, Member], known: Mapping[Identity, int], nested: dict[str, int]
+        self,
+        run_id: str,
+        seen: Mapping[int, Member],
+        origins: Mapping[Identity, Origin],
+        known: Mapping[Identity, int],
+        nested: dict[str, int],
     ) -> None:
+        self._origins = origins
         self._run_id = run_id
         self._seen = seen
         self._nested = nested
@@ -146,15 +156,16 @@ class _Look:
         for leader in leaders:
             self._by_number(leader)
         for member in self._seen.values():
-            if member.identity not in self._ranks or self._ranks[member.identity] == UNCLAIMED:
-                self._by_lineage(member)
+            if self._ranks.get(member.identity, UNCLAIMED) == UNCLAIMED and member.identity in self._origins:
+                self._by_lineage(member, *self._origins[member.identity])
         for leader in leaders:
             self._by_session(leader)
         self._by_parent()
         for stray in self._strays:
-            nested = procfs.read_variable(stray.pid, b"AELASTIC_RUN_ID")
-            self._ranks.setdefault(stray.identity, self._nested.get(nested, UNCLAIMED))
-        self._learn_nested()
+            nested = self._origins[stray.identity][0]
+            rank = self._ranks.setdefault(stray.identity, self._nested.get(nested, UNCLAIMED))
+            if rank != UNCLAIMED:
+                self._nested[nested] = rank
         return self._ranks
 
     def _by_number(self, leader: Leader) -> None:
@@ -167,12 +178,9 @@ class _Look:
             if (in_session and (uncollected or member.started < held)) or (in_group and pinned):
                 self._ranks[member.identity] = leader.rank
 
-    def _by_lineage(self, member: Member) -> None:
-        if f":{self._run_id}:" not in procfs.read_variable(member.pid, procfs.LINEAGE):
-            return
-        rank = procfs.read_variable(member.pid, b"AELASTIC_RANK")
-        if procfs.read_variable(member.pid, b"AELASTIC_RUN_ID") == self._run_id and rank.isdecimal():
-            self._ranks[member.identity] = int(rank)
+    def _by_lineage(self, member: Member, run_id: str, rank: int) -> None:
+        if run_id == self._run_id and rank != UNCLAIMED:
+            self._ranks[member.identity] = rank
         else:
             self._ranks.pop(member.identity, None)
             self._strays.append(member)
@@ -196,11 +204,33 @@ class _Look:
                 self._ranks |= dict.fromkeys((child.identity for child in young), self._ranks[parent.identity])
                 parents += young
 
-    def _learn_nested(self) -> None:
-        for stray in self._strays:
-            rank = self._ranks[stray.identity]
-            if rank != UNCLAIMED:
-                self._nested[procfs.read_variable(stray.pid, b"AELASTIC_RUN_ID")] = rank
+
+def read_everybody(run_id: str, since: int) -> tuple[list[Member], dict[Identity, Origin]]:
+    """Read every process; also those that were born while we were reading, so that nobody escapes by forking.
+
+    Args:
+        since: start ticks; the environment of what is older is not read.
+
+    Returns:
+        The processes, and for those that carry the run's lineage what their environment says of their worker.
+    """
+    read: set[int] = set()
+    seen: list[Member] = []
+    origins: dict[Identity, Origin] = {}
+    for _ in range(LISTINGS):
+        new = [pid for pid in procfs.pids() if pid not in read]
+        read.update(new)
+        for pid in new:
+            member = procfs.read_member(pid, since=since)
+            if member is None:
+                continue
+            seen.append(member)
+            if member.carries(run_id):  # at once: who flees is gone after the look
+                run, rank = (procfs.read_variable(pid, name) for name in (b"AELASTIC_RUN_ID", b"AELASTIC_RANK"))
+                origins[member.identity] = run, int(rank) if rank.isdecimal() else UNCLAIMED
+        if not new:
+            break
+    return seen, origins
 
 
 def _runs(leader: Leader) -> bool:

@@ -9,31 +9,31 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from asyncio.subprocess import Process as Child
 from collections.abc import Coroutine, Generator
-from typing import Any, cast, final
+from typing import Any, final
 
 from .._exit import UNKNOWN_RETURNCODE, ExitStatus
 from . import platform
 
 
-async def collected_by_asyncio(argv: tuple[str | bytes, ...], collection: Collection, **settings: Any) -> None:
-    """Start a child: what `asyncio.create_subprocess_exec` calls, without the streams that it adds.
-
-    Those would need a task to be waited for, and on 3.11 asyncio's `Process.wait()` may wait for more than the exit
-    (gh-119710).
+async def start_collected(argv: tuple[str | bytes, ...], collection: Collection, **settings: Any) -> None:
+    """Start a child by `asyncio.create_subprocess_exec`, with a pidfd of it before anybody waits for it.
 
     Args:
-        settings: as for `asyncio.create_subprocess_exec`; descriptors for all three streams.
+        settings: as for `asyncio.create_subprocess_exec`; descriptors for all three streams, so that asyncio has no
+            pipe of its own, whose end its `Process.wait()` would wait for on 3.11 (gh-119710).
 
     Raises:
         OSError: as the spawn told it.
         RuntimeError: if 3.11 finds no thread to wait in.
     """
-    loop = asyncio.get_running_loop()
-    if isinstance(loop, asyncio.BaseEventLoop):
-        await loop.subprocess_exec(lambda: collection, *argv, extra=Notes(collection), **settings)
+    if isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop):
+        settings["extra"] = Notes(collection)  # goes through to the transport
+        child = await asyncio.create_subprocess_exec(*argv, **settings)
     else:
-        await _FirstStep(loop.subprocess_exec(lambda: collection, *argv, **settings), collection)
+        child = await _FirstStep(asyncio.create_subprocess_exec(*argv, **settings), collection)
+    collection.attend(child)
 
 
 @final
@@ -78,7 +78,7 @@ class _FirstStep:
 
 
 @final
-class Collection(asyncio.SubprocessProtocol):
+class Collection:
     """asyncio's side of a child: its pid, our pidfd of it as early as can be, and that asyncio has collected it."""
 
     def __init__(self) -> None:
@@ -90,12 +90,33 @@ class Collection(asyncio.SubprocessProtocol):
         """Whether another waiter of the host has certainly collected the child."""
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Resolved when the child is collected and asyncio is through with it."""
-        self._transport: asyncio.SubprocessTransport | None = None
+        self._child: Child | None = None
+        self._waiting: asyncio.Task[int] | None = None
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Learn the pid, where it was not seen before."""
-        self._transport = cast("asyncio.SubprocessTransport", transport)
-        self.born(self._transport.get_pid())
+    def attend(self, child: Child) -> None:
+        """Learn the pid, where it was not seen before, and when asyncio has collected the child."""
+        self._child = child
+        self.born(child.pid)
+        self._wait()
+
+    def _wait(self) -> None:
+        # No service: on uvloop it would never end after a foreign waitpid.
+        if self._child is not None:
+            self._waiting = self.done.get_loop().create_task(self._child.wait())
+            self._waiting.add_done_callback(self._waited)
+
+    def _waited(self, waiting: asyncio.Task[int]) -> None:
+        if not waiting.cancelled():
+            self.is_done()
+        elif not self.done.done():
+            self._wait()  # asyncio.run's end cancels every task, and the child is still to be collected
+
+    def is_done(self) -> None:
+        """Say that the child is collected, or never will be by asyncio."""
+        if not self.done.done():
+            self.done.set_result(None)
+        if self._waiting is not None:
+            self._waiting.cancel()
 
     def born(self, pid: int) -> None:
         """Take a pidfd of the child, unless that was done already."""
@@ -115,7 +136,7 @@ class Collection(asyncio.SubprocessProtocol):
     @property
     def returncode(self) -> int | None:
         """As asyncio tells it: 255 also for a status that it could not get."""
-        return None if self._transport is None else self._transport.get_returncode()
+        return None if self._child is None else self._child.returncode
 
     @property
     def status(self) -> ExitStatus | None:
@@ -130,12 +151,5 @@ class Collection(asyncio.SubprocessProtocol):
         # uvloop sets its return code in the turn in which it collects, asyncio's loops a turn later.
         ours = isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop)
         self.taken = ignored or (self.returncode is None and not ours)
-        if self.taken and not ours and not self.done.done():
-            self.done.set_result(None)  # uvloop never tells of a child that another waiter took
-
-    def process_exited(self) -> None:
-        """Let the transport go; with the return code known, closing it signals nobody."""
-        if not self.done.done():
-            self.done.set_result(None)
-        if self._transport is not None:
-            self._transport.close()
+        if self.taken and not ours:
+            self.is_done()  # uvloop never tells of a child that another waiter took

@@ -33,7 +33,7 @@ class Process:
     """A process that asyncio started and we watch. Belongs to the running loop.
 
     Args:
-        collection: made for this child, after `connection_made`.
+        collection: of this child, which has been born.
         started_ns: monotonic nanoseconds before it was started.
         confirmation: of the trampoline that it was started through; None without one.
     """

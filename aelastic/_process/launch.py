@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NoReturn, final
 
 from .._policies import WorkerOptions
-from .collection import Collection, collected_by_asyncio
+from .collection import Collection, start_collected
 from .handle import Process
 from .limits import check_one_start, shortage
 from .trampoline import Confirmation, argv_of, needed_for
@@ -123,7 +123,7 @@ async def _spawn(
     started_ns = time.monotonic_ns()
     try:
         check_one_start(command.stdin)
-        await collected_by_asyncio(
+        await start_collected(
             argv,
             collection,
             stdin=command.stdin,
@@ -164,7 +164,7 @@ def _collect(collection: Collection) -> None:
         os.waitpid(collection.pid, os.WNOHANG)
     except ChildProcessError:
         return
-    collection.process_exited()
+    collection.is_done()
 
 
 def _refuse(command: Command, error: OSError | RuntimeError) -> NoReturn:

@@ -15,6 +15,9 @@ from .._child import procfs
 from .._child.procfs import Member
 from . import platform
 
+CHASES, NEWEST = 20, 4
+"""How often, and among how many of the newest processes, a member of a group is looked for."""
+
 
 @final
 class Groups(enum.Enum):
@@ -27,12 +30,15 @@ class Groups(enum.Enum):
     """Others by number too, directly after a member was seen in it: for what forks faster than it is found."""
 
 
-def signal_members(members: Sequence[Member], sig: int, groups: Groups, only_ours: Collection[int]) -> tuple[int, ...]:
+def signal_members(
+    members: Sequence[Member], sig: int, groups: Groups, only_ours: Collection[int], run_id: str
+) -> tuple[int, ...]:
     """Signal each process, unless its pid means another one by now; SIGCONT follows every signal but SIGKILL.
 
     Args:
         groups: whether their groups are signalled first.
         only_ours: the groups in which nobody else was seen.
+        run_id: in the lineage of the run's processes.
 
     Returns:
         The pids that were signalled.
@@ -43,7 +49,7 @@ def signal_members(members: Sequence[Member], sig: int, groups: Groups, only_our
             if group in pids:
                 _signal_led(next(member for member in members if member.pid == group), sig)
             elif groups is Groups.ALL:
-                _signal_orphaned(group, [member for member in members if member.group == group], sig)
+                _signal_orphaned(group, [member for member in members if member.group == group], sig, run_id)
     return tuple(member.pid for member in members if _signal_one(member, sig))
 
 
@@ -87,6 +93,14 @@ def _signal_led(leader: Member, sig: int) -> None:
         os.close(pidfd)
 
 
-def _signal_orphaned(group: int, members: Sequence[Member], sig: int) -> None:
+def _signal_orphaned(group: int, members: Sequence[Member], sig: int, run_id: str) -> None:
     if any((now := _read_again(member)) is not None and now.group == group for member in members):
         platform.killpg(group, sig)
+        return
+    for _ in range(CHASES):  # who was seen has forked and gone: its descendants are the newest processes there are
+        newest = procfs.last_pid()
+        for pid in range(newest, max(newest - NEWEST, 1), -1):
+            member = procfs.read_member(pid)
+            if member is not None and member.alive and member.group == group and member.carries(run_id):
+                platform.killpg(group, sig)
+                return

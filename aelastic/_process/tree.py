@@ -140,12 +140,15 @@ class Tree:
         began = procfs.now_ticks()
         by_group = self._press_leader(rank, sig, on_hit)
         hit: set[Identity] = set()
-        pause, rounds = FIRST_PAUSE, 0
+        pause, rounds, empty = FIRST_PAUSE, 0, 0
         while True:
             looked = await self._look(min(until - self._loop.time(), LOOK_WITHIN))
             members = self._of(rank)
             if looked and not members:
-                return True
+                empty += 1
+                if rounds < empty * 2:
+                    return True
+                continue  # it grew while it was pressed: one look might have missed the last one
             strays = self._not_reached(rank, members, hit, began if by_group else None)
             if strays:
                 await self._hit(strays, sig, on_hit, stubborn=rounds > 1)
@@ -186,7 +189,9 @@ class Tree:
 
     async def _hit(self, members: tuple[Member, ...], sig: int, on_hit: OnHit, *, stubborn: bool) -> None:
         groups = Groups.NONE if sig != signal.SIGKILL else Groups.ALL if stubborn else Groups.LED
-        job = self._loop.run_in_executor(self._executor, signal_members, members, sig, groups, self._last.groups)
+        job = self._loop.run_in_executor(
+            self._executor, signal_members, members, sig, groups, self._last.groups, self._census.run_id
+        )
         await asyncio.wait({job}, timeout=LOOK_WITHIN)
         if job.done() and not job.cancelled() and job.result():
             on_hit(job.result(), sig)

@@ -100,8 +100,9 @@ def test_a_close_with_arguments_replaces_the_first_step_only() -> None:
         {"rlimits": {7: "x"}},
         {"cwd": 3},
         {"cwd": "a\0"},
-    ]
-    + [{"pass_fds": (-1,)}, {"unset_env": "HOME"}],
+        {"pass_fds": (-1,)},
+        {"unset_env": "HOME"},
+    ],
 )
 def test_worker_options_name_the_field_that_is_wrong(wrong: dict[str, object]) -> None:
     with pytest.raises((TypeError, ValueError), match=f"WorkerOptions.{next(iter(wrong))}"):

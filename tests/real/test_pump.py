@@ -158,6 +158,25 @@ async def test_no_stream_starves_another_and_none_the_loop(tmp_path: Path) -> No
             assert await streams.end(rank)
 
 
+async def test_chatty_streams_are_looked_at_together(tmp_path: Path) -> None:
+    """While many lines come one by one they cost no wake-up each; when it is quiet again each stream is waited for."""
+    async with attempt(DefaultLogsSpecs(str(tmp_path), redirects=Std.OUT, capture=Std.OUT), 20) as streams:
+        ends = [streams.ends[rank, Std.OUT] for rank in range(20)]
+        pumps = [streams.outputs._pumps[rank, Std.OUT] for rank in range(20)]
+        rounds = 0
+        while not all(pump._looked_at for pump in pumps):
+            for end in ends:
+                os.write(end, b"line %d\n" % rounds)
+            rounds += 1
+            await asyncio.sleep(0)
+        await until(lambda: not any(pump._looked_at for pump in pumps))
+        for rank, end in enumerate(ends):
+            os.write(end, b"last\n")
+            await streams.hub.wait_for_line("^last$", ranks=[rank], timeout=30)
+            assert await streams.end(rank)
+            assert streams.file(rank) == b"".join(b"line %d\n" % number for number in range(rounds)) + b"last\n"
+
+
 async def test_filter_files_hold_the_matching_lines_of_all_ranks(tmp_path: Path) -> None:
     """Lines with one of the words go to the shared file, with their prefix."""
     console = PipeConsole()
