@@ -2,7 +2,7 @@
 
 It is started with the first run and gone with the last. It belongs to the process and not to an event loop: runs may
 live in loops of several threads, and a host that forks starts a guard of its own in the child. What the guard does
-with a death is told in `_child.guard`.
+with a death is told in `_child.guard`; where there is no /proc it finds nothing, and can end nothing.
 """
 
 from __future__ import annotations
@@ -128,12 +128,13 @@ class Watch:
 
     async def _await_end(self, process: GuardProcess) -> None:
         """Wait for a killed guard; it takes a millisecond, the kernel willing."""
-        if process.sentry < 0:
+        self._unwatch()
+        try:
+            self._sentry = os.dup(process.sentry)
+        except OSError:  # no pidfds here, or no descriptor left
             await self.loop.run_in_executor(self._executor, process.wait)
             return
         ended = self.loop.create_future()
-        self._unwatch()
-        self._sentry = os.dup(process.sentry)
         self.loop.add_reader(self._sentry, _resolve, ended)
         await asyncio.wait({ended}, timeout=END_SECONDS)
 
@@ -204,7 +205,10 @@ class GuardProcess:
     """
 
     def __init__(self) -> None:
-        reading, self._lifeline = os.pipe()
+        try:
+            reading, self._lifeline = os.pipe()
+        except OSError as error:
+            raise _not_started(error) from error
         try:
             os.set_blocking(self._lifeline, False)
             self._process = subprocess.Popen(
@@ -219,7 +223,7 @@ class GuardProcess:
             )
         except OSError as error:
             os.close(self._lifeline)
-            raise type(error)(error.errno, f"the guard process could not be started: {error.strerror}") from error
+            raise _not_started(error) from error
         finally:
             os.close(reading)
         self.pid = self._process.pid
@@ -267,6 +271,10 @@ class GuardProcess:
         self._process.returncode = 0  # or Popen would warn that it still runs
         with contextlib.suppress(OSError):
             self.close()
+
+
+def _not_started(error: OSError) -> OSError:
+    return OSError(error.errno, f"the guard process could not be started: {error.strerror}")
 
 
 def _open_pidfd(pid: int) -> int:

@@ -19,6 +19,8 @@ from typing import Any
 LINEAGE = "AELASTIC_LINEAGE"
 OURS = f"tests-{uuid.uuid4().hex}"
 """In the lineage of every process that descends from this test session, however it got away."""
+STARTED = 19
+"""Where `starttime` stands in `_stat`."""
 DEADLINE = 10.0
 """Seconds within which what was ending must have ended; a net, nothing sleeps that long when all is well."""
 
@@ -83,14 +85,16 @@ def left_since(before: Snapshot) -> list[str]:
 def processes() -> Iterator[tuple[int, str]]:
     """Our children and everything that descends from this session: pid and command."""
     me, tracker = os.getpid(), tracker_ids()[0]
+    ours = int(_stat(me)[STARTED])
     for entry in os.listdir("/proc"):
-        if not entry.isdecimal() or (pid := int(entry)) in (me, tracker):
+        if not entry.isdecimal() or (pid := int(entry)) in (me, tracker) or not (stat := _stat(pid)):
             continue
-        stat, environ = _read(pid, "stat"), _read(pid, "environ")
-        state, parent = stat.rpartition(b") ")[2].split()[:2] or (b"", b"") if stat else (b"", b"")
-        if parent == str(me).encode() or (OURS.encode() in environ and state != b"Z"):
-            command = _read(pid, "cmdline").replace(b"\0", b" ") or stat[:40]
-            yield pid, f"{state.decode()} {command.decode(errors='replace')[:200]}"
+        state, parent, started = stat[0].decode(), int(stat[1]), int(stat[STARTED])
+        # Who is older than this session doesn't descend from it; a zombie shows no environment.
+        descends = started >= ours and state not in "XZ" and OURS.encode() in _read(pid, "environ")
+        if parent == me or descends:
+            command = _read(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace")
+            yield pid, f"{state} {command[:200]}"
 
 
 def descriptors() -> Iterator[tuple[int, str]]:
@@ -119,6 +123,11 @@ def kill_descendants() -> None:
             os.waitpid(pid, os.WNOHANG)
         except (ProcessLookupError, ChildProcessError, PermissionError):
             continue
+
+
+def _stat(pid: int) -> list[bytes]:
+    """The fields of /proc/pid/stat from the state on (proc_pid_stat(5)); [] when it is gone."""
+    return _read(pid, "stat").rpartition(b") ")[2].split()
 
 
 def _read(pid: int, name: str) -> bytes:

@@ -14,6 +14,8 @@ import time
 LINEAGE = b"AELASTIC_LINEAGE"
 """The variable that holds the ids of all runs a process came from, as `:outer:inner:`."""
 TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
+BOOT_CLOCK: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+"""The first exists on Linux only, as /proc does."""
 CHUNK = 64 * 1024
 
 
@@ -147,7 +149,7 @@ def wait_channel(pid: int) -> str:
 
 def now_ticks() -> int:
     """This moment on the clock of `Member.started`, rounded down."""
-    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS_A_SECOND)
+    return int(time.clock_gettime(BOOT_CLOCK) * TICKS_A_SECOND)
 
 
 def read(path: str) -> bytes:

@@ -221,16 +221,21 @@ def read_everybody(run_id: str, since: int) -> tuple[list[Member], dict[Identity
         new = [pid for pid in procfs.pids() if pid not in read]
         read.update(new)
         for pid in new:
-            member = procfs.read_member(pid, since=since)
+            member = procfs.read_member(pid, lineage=False)
             if member is None:
                 continue
             seen.append(member)
-            if member.carries(run_id):  # at once: who flees is gone after the look
+            # At once, because who flees is gone after the look. A zombie has no environment any more.
+            if member.alive and member.started >= since and _carries(pid, run_id):
                 run, rank = (procfs.read_variable(pid, name) for name in (b"AELASTIC_RUN_ID", b"AELASTIC_RANK"))
                 origins[member.identity] = run, int(rank) if rank.isdecimal() else UNCLAIMED
         if not new:
             break
     return seen, origins
+
+
+def _carries(pid: int, run_id: str) -> bool:
+    return f":{run_id}:" in procfs.read_variable(pid, procfs.LINEAGE)
 
 
 def _runs(leader: Leader) -> bool:

@@ -5,6 +5,7 @@ The trampoline itself is `_child/trampoline.py`, a bare interpreter that applies
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # has no stub
 import asyncio
 import errno
 import os
@@ -63,7 +64,8 @@ def _signals_are_clean(*, hup_ignored: bool) -> bool:
         return False
     if hup_ignored and not isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop):
         return False  # uvloop resets it too
-    ignored = {number for number in NUMBERS if signal.getsignal(number) is signal.SIG_IGN}
+    # signal.getsignal makes an enum of each answer, which takes ten times as long; this is asked at every start.
+    ignored = {number for number in NUMBERS if _signal.getsignal(number) == _signal.SIG_IGN}
     return ignored <= RESTORED | {signal.SIGHUP}
 
 

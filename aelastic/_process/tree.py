@@ -27,8 +27,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.2, 2.0
 LOOK_WITHIN = 5.0
 """Seconds that a look at /proc may take, where no step's deadline comes before: a read of a process whose memory is
 locked in the kernel hangs with it."""
-KILL_GRACE = 0.5
-"""Seconds that SIGKILL always gets: what it ended has to be taken down by the kernel before it is gone."""
+KILL_GRACE = 2.0
+"""Seconds that SIGKILL always gets: the kernel has to take down what it ended, and we have to see it on a busy host."""
 WATCHED = 16
 """Processes of a rank whose end is waited for at once, a descriptor each; the rest is looked for when they are gone."""
 

@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("worker", ("_worker",)),
     ("gang", ("_gang",)),
     ("run", ("_run", "_context", "_signals", "_start")),
-    ("doors", ("__init__", "__main__", "worker", "cli", "testing", "dask")),
+    ("doors", ("__init__", "worker", "testing", "dask", "cli", "__main__")),
 )
 """From the ground up. A name stands for its file, or for the folder and all in it that is not named elsewhere."""
 ORDERED = ("words", "run", "doors")

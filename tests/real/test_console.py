@@ -247,6 +247,7 @@ async def test_a_worker_does_not_wait_for_a_long_line_that_stopped(tmp_path: Pat
         await streams.write(line, 0)
         await until(lambda: len(console.shown) > voice_file.HELD_BYTES)
         await streams.write(line + b"\n", 1)
+        await until(lambda: console.shown.endswith(b"y\n"))
         await streams.write(b"end\n", 0)
         await streams.end(0)
         await streams.end(1)

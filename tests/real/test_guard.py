@@ -46,6 +46,7 @@ def let_go():
     [os.dup2(2, fd) for fd in held if os.readlink(f"/proc/self/fd/{fd}") == output]
 async def main():
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, exec, told["then"], globals())
+    os.write(1, b"starting\\n")
     async with start_processes(
         "zoo", told["argv"][0], {rank: tuple(told["argv"][1:]) for rank in range(told["ranks"])},
         stop=StopPolicy(**told["stop"]), logs_specs=DefaultLogsSpecs(told["logs"]) if told["logs"] else None,
@@ -158,6 +159,15 @@ async def test_kill_asks_nobody(tree: Tree) -> None:
     async with supervisor(tree.argv, stop={"on_supervisor_death": "kill", "orphan_grace": 30.0}) as zoo:
         await zoo.said("alive", tree.lines)
         assert await zoo.gone() < BOUND
+
+
+@pytest.mark.parametrize("milliseconds", [0, 1, 3, 10, 20, 40, 80, 160])
+async def test_a_supervisor_killed_while_it_starts_leaves_nothing(milliseconds: int) -> None:
+    """Whatever stands by then: the guard may be booting, and a worker not told to it yet."""
+    async with supervisor(DEAF_CHILD.argv, ranks=8) as zoo:
+        await zoo.said("starting")
+        await asyncio.sleep(milliseconds / 1000)  # any moment will do
+        assert await zoo.gone() < GRACE + BOUND
 
 
 async def test_those_who_obey_are_gone_long_before_the_grace_is_over() -> None:

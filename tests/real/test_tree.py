@@ -279,7 +279,7 @@ async def test_a_stranger_that_got_a_found_members_pid_lives() -> None:
         await asyncio.to_thread(_wait_until_free, found.pid)
         with children.process_of_pid(found.pid) as stranger:
             for groups in Groups:
-                assert signal_members([found], signal.SIGKILL, groups, {found.group}) == ()
+                assert signal_members([found], signal.SIGKILL, groups, {found.group}, RUN_ID) == ()
             assert os.waitpid(stranger, os.WNOHANG) == (0, 0)
 
 
