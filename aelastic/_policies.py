@@ -118,12 +118,7 @@ class WorkerOptions:
     """Modules that a fork server imports before it forks the first worker."""
 
     def __post_init__(self) -> None:
-        for what in ("cwd", "stdin"):
-            value = getattr(self, what)
-            if value is not None and not isinstance(value, (str, os.PathLike)):
-                raise TypeError(f"WorkerOptions.{what} must be a path, not {value!r}")
-            if value is not None and "\0" in os.fspath(value):
-                raise ValueError(f"WorkerOptions.{what} holds a NUL byte: {value!r}")
+        self._check_paths()
         if self.umask is not None and not 0 <= _whole("umask", self.umask) <= 0o777:
             raise ValueError(f"WorkerOptions.umask must be 0 to 0o777, not {self.umask!r}")
         if self.nice is not None:
@@ -139,6 +134,14 @@ class WorkerOptions:
                 raise ValueError(f"WorkerOptions.pass_fds holds {fd}, which is no descriptor")
         self._check_rlimits()
         self._check_cpus()
+
+    def _check_paths(self) -> None:
+        for what in ("cwd", "stdin"):
+            value = getattr(self, what)
+            if value is not None and not isinstance(value, (str, os.PathLike)):
+                raise TypeError(f"WorkerOptions.{what} must be a path, not {value!r}")
+            if value is not None and "\0" in os.fspath(value):
+                raise ValueError(f"WorkerOptions.{what} holds a NUL byte: {value!r}")
 
     def _check_rlimits(self) -> None:
         if self.rlimits is None:

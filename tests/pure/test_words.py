@@ -66,7 +66,7 @@ def test_a_stream_setting_by_rank_reads_back_as_written(stds: dict[int, int]) ->
 
 @pytest.mark.parametrize("text", ["", "4", "x", "0:4", "0:1,", "0:1,0:2", "-1", "0=1"])
 def test_a_stream_setting_that_cannot_be_meant_is_a_value_error(text: str) -> None:
-    with pytest.raises(ValueError, match="write one of|names no stream|twice"):
+    with pytest.raises(ValueError, match=r"write one of|names no stream|twice"):
         Std.from_str(text)
 
 
