@@ -17,14 +17,10 @@ collect_ignore = (
     []
     if os.environ.get("AELASTIC_TEST_ALL")
     else [
-        "real/test_files.py",
         "real/test_cli.py",
         "real/test_console.py",
-        "real/test_forward_signals.py",
         "real/test_process.py",
         "real/test_subscribers.py",
-        "real/test_pump.py",
-        "real/test_trampoline.py",
         "real/test_run_start.py",
         "real/test_functions.py",
         "real/test_guard.py",
