@@ -28,7 +28,7 @@ from tests import leaks
 from tests.ways_to_die import PYTHON
 from tests.zoo import DEAF_CHILD, OBEDIENT, OWN_SESSION, TREES, Tree
 
-NET = 20.0
+NET = 60.0
 """Seconds after which a test is taken to hang."""
 GRACE = 0.4
 BOUND = 1.0
