@@ -84,15 +84,15 @@ def parse_report(content: bytes, path: str) -> ErrorReport:
     message = data["message"]
     if not isinstance(message, dict):
         return ErrorReport(message=str(message), timestamp=_number(data.get("timestamp")), data=data)
-    info = message.get("extraInfo")
-    info = info if isinstance(info, dict) else {}
-    notes = info.get("notes")
-    retriable = info.get("retriable")
+    extra = message.get("extraInfo")
+    extra = extra if isinstance(extra, dict) else {}
+    notes = extra.get("notes")
+    retriable = extra.get("retriable")
     return ErrorReport(
         message=str(message.get("message", "")),
-        traceback=str(info.get("py_callstack", "")),
-        timestamp=_number(info.get("timestamp")),
-        monotonic_ns=_number(info.get("monotonic_ns")),
+        traceback=str(extra.get("py_callstack", "")),
+        timestamp=_number(extra.get("timestamp")),
+        monotonic_ns=_number(extra.get("monotonic_ns")),
         notes=tuple(map(str, notes)) if isinstance(notes, list) else (),
         retriable=retriable if isinstance(retriable, bool) else None,
         data=data,

@@ -24,7 +24,7 @@ from ._guard import Watch
 from ._lifecycle import State, schedule
 from ._logs import Console, LineHub, LogsDest, Outputs, Route, StreamPlan
 from ._policies import Step
-from ._process import Command, Process, Tree, check_descriptors, launch, resolve
+from ._process import Command, Process, Tree, check_descriptors, check_open, launch, resolve
 from ._results import Survivor
 from ._returned import Value
 from ._spec import RunSpec
@@ -167,6 +167,7 @@ class Gang:
                 resolve(spec.entrypoint, self._envs[rank], self._cwd, who=spec.who(rank))
         else:
             self._function = await Function.prepare(spec, machines.threads)
+        check_open(spec.options.pass_fds, spec.name)
         check_descriptors(self._descriptors, spec.name)
         self._outputs = await Outputs.open(
             self._plans,
@@ -276,6 +277,8 @@ class Gang:
         self._stopped = cause
         if self._grace is not None:
             self._grace.cancel()
+        if self._outputs is not None:
+            self._outputs.release()  # no reader holds a worker back any more
         self._machines.bus.publish(StopRequested(reason=why))
         dues = schedule(self._steps, self._loop.time())
         for worker in self.workers.values():

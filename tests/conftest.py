@@ -12,19 +12,14 @@ import pytest_asyncio
 
 from tests import leaks
 
-# Not yet seen to pass from end to end in one quiet run; run them by naming them. They come back one by one.
+# Each had failures in its last whole run, under load, that nobody has explained yet: two fork storms in guard, one
+# gap of the loop on uvloop in functions. AELASTIC_TEST_ALL=1 runs them too.
 collect_ignore = (
     []
     if os.environ.get("AELASTIC_TEST_ALL")
     else [
-        "real/test_cli.py",
-        "real/test_console.py",
-        "real/test_process.py",
-        "real/test_subscribers.py",
-        "real/test_run_start.py",
         "real/test_functions.py",
         "real/test_guard.py",
-        "real/test_tree.py",
     ]
 )
 

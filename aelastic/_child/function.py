@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import pickle
 import sys
 import types
 
@@ -19,10 +18,13 @@ from .record import ErrorHandler, clipped
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import pickle
     from collections.abc import Callable, Iterable
     from typing import Any, BinaryIO
 
     Call = tuple[Callable[..., Any], tuple[Any, ...]]
+else:
+    import _pickle as pickle  # the same without what only its Python twin needs: re, 6 ms
 
 descriptors: list[int] = []
 """What was handed over beside the payload, in the order in which the payload counts it."""
@@ -64,7 +66,7 @@ def receive(payload_fd: int) -> Call:
         EOFError: if the supervisor ended before it had sent everything.
     """
     with open(payload_fd, "rb") as payload:
-        header = pickle.load(payload)  # noqa: S301  # our supervisor wrote it
+        header = pickle.load(payload)  # our supervisor wrote it
         prepare(header)
         return load(payload, header)
 
@@ -72,7 +74,7 @@ def receive(payload_fd: int) -> Call:
 def load(payload: BinaryIO, header: dict[str, Any]) -> Call:
     """Unpickle the call that follows the header."""
     try:
-        call: Call = pickle.load(payload)  # noqa: S301  # as above
+        call: Call = pickle.load(payload)  # as above
     finally:
         settle(header)
     return call
@@ -245,7 +247,7 @@ def _own_reducers() -> dict[type, Any]:
     }
 
 
-def with_reducers(base: type[pickle.Pickler], reducers: dict[type, Any]) -> type[pickle.Pickler]:
+def with_reducers(pickler: type[pickle.Pickler], reducers: dict[type, Any]) -> type[pickle.Pickler]:
     """A pickler class with further reducers.
 
     They are a class attribute because the C pickler reads `dispatch_table` in its `__init__`: set later, it is
@@ -253,5 +255,5 @@ def with_reducers(base: type[pickle.Pickler], reducers: dict[type, Any]) -> type
     """
     import copyreg
 
-    known = {} if base is pickle.Pickler else base.dispatch_table
-    return type(base.__name__, (base,), {"dispatch_table": {**copyreg.dispatch_table, **known, **reducers}})
+    known = {} if pickler is pickle.Pickler else pickler.dispatch_table
+    return type(pickler.__name__, (pickler,), {"dispatch_table": {**copyreg.dispatch_table, **known, **reducers}})

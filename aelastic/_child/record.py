@@ -92,7 +92,7 @@ def report_of(e: BaseException) -> dict[str, Any]:
     """An exception as the error file holds it: torch's fields, and ours in the same `extraInfo`."""
     import traceback
 
-    info: dict[str, Any] = {
+    extra: dict[str, Any] = {
         "py_callstack": clipped("".join(traceback.format_exception(e))),
         "timestamp": str(int(time.time())),
         "monotonic_ns": time.monotonic_ns(),
@@ -102,8 +102,8 @@ def report_of(e: BaseException) -> dict[str, Any]:
     }
     retriable = getattr(e, "retriable", None)
     if isinstance(retriable, bool):
-        info["retriable"] = retriable
-    return {"message": {"message": clipped(_message(e)), "extraInfo": info}}
+        extra["retriable"] = retriable
+    return {"message": {"message": clipped(_message(e)), "extraInfo": extra}}
 
 
 def _message(e: BaseException) -> str:

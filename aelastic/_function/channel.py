@@ -158,6 +158,8 @@ class ResultChannel:
             await asyncio.wait({self.returned}, timeout=CLOSE_SECONDS)
         late = Torn(f"the result of {self._who} was not loaded in time")
         self._resolve(NO_RESULT if self._transfer is None else late)
+        if self._transfer is not None:
+            await self._transfer.gone(CLOSE_SECONDS)
 
     def _close_fds(self) -> None:
         self._stop_listening()
@@ -211,6 +213,12 @@ class Transfer:
             self._ended = True
             os.write(self._wake_w, b".")
 
+    async def gone(self, within: float) -> None:
+        """Wait for the end of the thread, `within` seconds at the most."""
+        deadline = self._loop.time() + within
+        while self._thread.is_alive() and self._loop.time() < deadline:
+            await asyncio.sleep(0.001)
+
     def _work(self, kind: bytes) -> None:
         try:
             returned = self._receive(kind)
@@ -222,7 +230,7 @@ class Transfer:
             self._close_wake()
 
     def _finish(self, returned: Returned) -> None:
-        self._thread.join()  # it has nothing left to do
+        # The thread is not joined: it has nothing left to do, but on a busy machine it may wait long for its turn.
         self._close_wake()
         self._deliver(returned)
 

@@ -64,13 +64,13 @@ class Function:
         payloads, program = await asyncio.get_running_loop().run_in_executor(threads, _pickle_all, spec)
         return cls(spec, payloads, program, threads)
 
-    async def launch(self, rank: int, base: Command) -> Process:
+    async def launch(self, rank: int, bare: Command) -> Process:
         """Start a rank's worker, send it its call and wait for its result from now on.
 
         Not to be cancelled, like `aelastic._process.launch`.
 
         Args:
-            base: all but the program.
+            bare: all but the program.
 
         Raises:
             OSError: as `aelastic._process.launch` does, and when no descriptor is left.
@@ -80,39 +80,39 @@ class Function:
         match self._spec.start_method:
             case "fork":
                 call = (_function_of(self._spec), self._spec.args[rank])
-                process = await forking.fork(call, base, result, self._threads)
+                process = await forking.fork(call, bare, result, self._threads)
             case "forkserver":
-                process = await self._have_forked(rank, base, result)
+                process = await self._have_forked(rank, bare, result)
             case _:
-                process = await self._spawn(rank, base, result)
+                process = await self._spawn(rank, bare, result)
         result.started()
         process.exited.add_done_callback(lambda _: result.worker_ended())
         return process
 
-    async def _spawn(self, rank: int, base: Command, result: ResultChannel) -> Process:
+    async def _spawn(self, rank: int, bare: Command, result: ResultChannel) -> Process:
         payload = self._payloads[rank]
         call = self._calls[rank] = CallPipe(payload.parts(payload.descriptors, payload.tracker_fd))
         process = await launch(
             dataclasses.replace(
-                base,
+                bare,
                 argv=(*self._program, BOOTSTRAP, "work", str(call.child_fd), str(result.child_fd)),
-                pass_fds=(*base.pass_fds, call.child_fd, result.child_fd, *payload.shared),
+                pass_fds=(*bare.pass_fds, call.child_fd, result.child_fd, *payload.shared),
             )
         )
         payload.close()
         call.started()
         return process
 
-    async def _have_forked(self, rank: int, base: Command, result: ResultChannel) -> Process:
+    async def _have_forked(self, rank: int, bare: Command, result: ResultChannel) -> Process:
         payload = self._payloads[rank]
-        settings = forking.settings_of(base)
+        settings = forking.settings_of(bare)
         call = self._calls[rank] = CallPipe(payload.parts((), payload.tracker_fd, settings=settings))
-        server = await self._started_server(base.env)
-        confirmation = Confirmation(base.who)
-        streams = (base.stdin, base.stdout, base.stderr)
+        server = await self._started_server(bare.env)
+        confirmation = Confirmation(bare.who)
+        streams = (bare.stdin, bare.stdout, bare.stderr)
         fds = (*streams, call.child_fd, result.child_fd, confirmation.child_fd, *payload.shared)
         try:
-            process = await server.fork(base, fds, confirmation)
+            process = await server.fork(bare, fds, confirmation)
         except BaseException:
             confirmation.close()
             raise

@@ -109,14 +109,16 @@ def pickle_call(function: Callable[..., Any], args: tuple[Any, ...]) -> Payload:
     )
 
 
-def _dump(base: type[pickle.Pickler], function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bytes, list[int]]:
+def _dump(
+    pickler: type[pickle.Pickler], function: Callable[..., Any], args: tuple[Any, ...]
+) -> tuple[bytes, list[int]]:
     extra = reduction.ForkingPickler._extra_reducers  # type: ignore[attr-defined]  # noqa: SLF001  # has no public name
     reducers = {kind: reducer for kind, reducer in extra.items() if kind not in STOCK_TYPES}
     spawning = Spawning()
     file = io.BytesIO()
     context.set_spawning_popen(spawning)  # type: ignore[arg-type]  # all that its reducers ask
     try:
-        with_reducers(base, reducers)(file, 5).dump((function, args))
+        with_reducers(pickler, reducers)(file, 5).dump((function, args))
     except BaseException:
         _close(spawning.descriptors)
         raise

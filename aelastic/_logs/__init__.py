@@ -3,7 +3,7 @@
 The door; the rest of the house imports from here only.
 
 A byte's walk: `pump` reads it from the worker's pipe (`pipes`, in its turn: `turns`) and puts it to its file sink first
-(`files`; on the disk: `logfile`, `pieces`); then through `lines` to the console (`voice`, `console`, `terminal`),
+(`files`; on disk: `desk`, `logfile`, `pieces`); then through `lines` to the console (`voice`, `console`, `terminal`),
 the filter files, and the `hub`, from whose `tail` the `subscribers` read. `plan` decides which of these a stream has,
 `specs` names the files, `outputs` owns all streams of one attempt.
 """

@@ -5,8 +5,8 @@ and stderr share it where they are the same terminal, pipe or file. The writer i
 hangs holds up neither the loop nor the interpreter's end; it is gone with the last run.
 
 Three rules.
-Back-pressure: while 1 MiB waits, streams that are shown are not read. A console that then accepts nothing for 0.25 s
-is stalled: lines are left out and counted, and a marker says so when it moves again.
+Back-pressure: while 2 MiB wait, streams that are shown are not read. A console that accepts nothing for 0.25 s while
+1 MiB waits is stalled: lines are left out and counted, and a marker says so when it moves again.
 Unfinished lines: shown after a quiet moment where the console stands at the start of a line. If another stream writes
 first, a newline ends it, and the whole line is shown when it is complete.
 Long lines: beyond 1 MiB a line is not held in memory but shown as it comes, and holds the console until it ends. It is
@@ -23,6 +23,7 @@ import queue
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any, final
@@ -31,14 +32,17 @@ from aelastic._std import Std
 
 from .lines import NEWLINE, Piece, rest_of
 from .terminal import MOST_PIECES, Terminal, key_of, terminal_of
-from .voice import WAITING_BYTES, Voice
+from .voice import Voice
 
 STALLED_AFTER = 0.25
+"""Seconds without progress, while `STALLED_BYTES` wait, after which a console is stalled."""
+STALLED_BYTES = 1 << 20
 QUIET = 0.2
 """Seconds without a byte after which an unfinished line is shown."""
 LONGEST_HOLD = 30.0
 BATCH_BYTES = 1 << 20
-JOIN_WITHIN = 0.01
+PROMPT_BYTES = 1 << 16
+JOIN_WITHIN = 0.005
 
 Wake = tuple[int, asyncio.AbstractEventLoop, Callable[[], None]]
 """(how many bytes must be done, whose loop, what to call there)."""
@@ -63,6 +67,8 @@ class Place:
         self.aside_bytes = 0
         self._waiting: deque[tuple[Std, list[Piece], int]] = deque()
         self._idle = False
+        self._ringing: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
+        """Loops that will ring the bell in a moment."""
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._given_bytes = 0
         self._done_bytes = 0
@@ -80,15 +86,27 @@ class Place:
     @property
     def stalled(self) -> bool:
         """Whether 1 MiB waits and nothing was accepted for 0.25 s."""
-        return self.waiting_bytes >= WAITING_BYTES and time.monotonic() - self._moved_at >= STALLED_AFTER
+        return self.waiting_bytes >= STALLED_BYTES and time.monotonic() - self._moved_at >= STALLED_AFTER
 
     def give(self, std: Std, pieces: list[Piece], size: int) -> None:
-        """Queue bytes for the writer. The lock is held."""
+        """Queue bytes for the writer, from a loop. The lock is held."""
         if not self.waiting_bytes:
             self._moved_at = time.monotonic()
         self._given_bytes += size
         self._waiting.append((std, pieces, size))
-        self._ring()
+        if not self._idle:
+            return
+        if size >= PROMPT_BYTES:
+            self._ring()
+        elif (loop := asyncio.get_running_loop()) not in self._ringing:
+            # When all that is ready was read: a thread that is woken for one line takes turns with the loop for each.
+            self._ringing.add(loop)
+            loop.call_soon(self._ring_from, loop)
+
+    def _ring_from(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self.lock:
+            self._ringing.discard(loop)
+            self._ring()
 
     def release(self) -> None:
         """End a hold: what others said meanwhile follows. The lock is held."""

@@ -1,6 +1,7 @@
 """The file sink: what one stream's file is given, in order, without ever making its giver wait.
 
-Writes go through aiofiles on the run's own executor, one at a time for each file. A disk that fails is tried again,
+Writes go through aiofiles on the run's own executor, one at a time for each file; short ones wait up to a quarter of a
+second for company and go together (`desk`). A disk that fails is tried again,
 with growing pauses, for a second; what is lost after that is counted, and announced once until the disk works again.
 `Journal` is the same sink for a run's events.
 """
@@ -19,13 +20,14 @@ from aiofiles.threadpool.binary import AsyncFileIO
 from aelastic._policies import Rotate
 from aelastic._tasks import ServiceTask, service
 
+from .desk import Desk
 from .logfile import Batch, LogFile
 
 BATCH_CHUNKS = 256
 GRACE = 1.0
 """Seconds for which a failing file is tried again before anything is given up."""
 SMALL_BYTES = 1 << 16
-SMALL_EVERY = 0.1
+SMALL_EVERY = 0.25
 """Seconds between two writes of less than 64 KiB to one file; the first after a quiet time is made at once."""
 FIRST_PAUSE = 0.02
 LONGEST_PAUSE = 1.0
@@ -198,7 +200,10 @@ class FileSink:
         while batch:
             before = self._file.taken_bytes
             try:
-                await disk.writelines(batch)
+                if self._writing_bytes < SMALL_BYTES:
+                    await Desk.of(self._executor).writelines(self._executor, self._file, batch)
+                else:
+                    await disk.writelines(batch)
             except OSError as error:
                 moved = self._file.taken_bytes - before
                 batch = _rest_of(batch, moved)
@@ -218,7 +223,8 @@ class FileSink:
             await self._pause(LONGEST_PAUSE)
 
     def _written_batch(self) -> None:
-        self._next_small = asyncio.get_running_loop().time() + SMALL_EVERY
+        # At full quarters of a second, so that all files are written at the same time and by one job.
+        self._next_small = (asyncio.get_running_loop().time() // SMALL_EVERY + 1) * SMALL_EVERY
         was_full = self.full
         self._writing_bytes = 0
         if was_full:

@@ -256,7 +256,7 @@ class Outputs:
         """
         pumps = self._of(rank)
         for pump in pumps:
-            pump.stream.release()
+            pump.drain()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + within
         ends = {pump.at_eof for pump in pumps}
@@ -278,7 +278,7 @@ class Outputs:
         """
         pumps = self._of(rank)
         for pump in pumps:
-            pump.stream.release()
+            pump.drain()
         ends = [pump.at_eof for pump in pumps if not pump.at_eof.done()]
         late = (await asyncio.wait(ends, timeout=within))[1] if ends else ()
         await self._finish(pumps)

@@ -16,7 +16,7 @@ from typing import final
 from aelastic._policies import Rotate
 from aelastic._std import STREAMS, Std
 
-DEFAULT_BUFFER_BYTES = 2 << 20
+DEFAULT_BUFFER_BYTES = 4 << 20
 """Default of `LogsDest.buffer_bytes`."""
 
 
@@ -48,7 +48,7 @@ class LogsDest:
     journal: str = ""
     """The file of the run's events, one JSON object a line; `""` for none."""
     buffer_bytes: int = DEFAULT_BUFFER_BYTES
-    """How much of one stream may wait for its file before the worker is held back. Default 2 MiB."""
+    """How much of one stream may wait for its file before the worker is held back. Default 4 MiB."""
 
 
 class LogsSpecs(ABC):

@@ -27,6 +27,8 @@ SHORT_BYTES = 1 << 12
 LAST_BYTES = 4 << 20
 """How much is taken at the most when time is up while somebody still writes."""
 QUIET = 0.2
+BUSY_BYTES = 1 << 14
+"""A stream of which a look finds more is waited for again, so that its pipe is never full between two looks."""
 IDLE_LOOKS = 10
 """How often a stream is looked at in vain before it is waited for again."""
 
@@ -70,6 +72,7 @@ class Pump:
         self._looked_at = False
         """Whether it is read with every tick instead of being waited for."""
         self._idle_looks = 0
+        self._draining = False
         self._paused = False
         self._quiet_timer: asyncio.TimerHandle | None = None
         self._read_at = 0.0
@@ -121,6 +124,14 @@ class Pump:
         if blocker is self._voice:  # the others call `look_again` by themselves
             blocker.wake_when_room(self.look_again)
 
+    def drain(self) -> None:
+        """Be prompt about the end, and hold back for no lossless reader: the worker has ended."""
+        self._draining = True
+        if self._looked_at:
+            self._unlisten()
+            self._listen()
+        self.stream.release()
+
     def look_again(self) -> None:
         """Read on if nothing is full any more."""
         if not self._paused or self.finished:
@@ -151,23 +162,23 @@ class Pump:
         finally:
             if size:
                 self._after_turn(now)
-            if size < SHORT_BYTES:
+            if size < SHORT_BYTES or self._looked_at:
                 self._settle_how_to_wait(size, now)
         return len(chunk) >= SHORT_BYTES
 
     def _settle_how_to_wait(self, size: int, now: float) -> None:
-        """Choose between being woken for each line and being looked at in turn; see `turns`."""
-        if size:
-            self._turns.count_small_read(now)
+        """Choose between being woken for each line and being looked at with every tick; see `turns`."""
         if self._looked_at:
             self._idle_looks = 0 if size else self._idle_looks + 1
-            if self._idle_looks >= IDLE_LOOKS or not self._turns.crowded:
+            if self._idle_looks >= IDLE_LOOKS or size >= BUSY_BYTES or not self._turns.pays:
                 self._unlisten()
                 self._listen()
-        elif size and self._turns.crowded and not self._paused and not self.at_eof.done():
-            self._unlisten()
-            self._looked_at, self._idle_looks = True, 0
-            self._turns.look_at(self)
+        elif size and self._listening and not self._draining:
+            self._turns.count_small_read(self, now)
+            if self._turns.crowded:
+                self._unlisten()
+                self._looked_at, self._idle_looks = True, 0
+                self._turns.look_at(self)
 
     def _hand_on(self, chunk: bytes, at_ns: int, now: float) -> None:
         if self.file is not None:

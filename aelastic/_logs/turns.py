@@ -2,8 +2,8 @@
 
 Stalls add up over all that is ready in one iteration of a loop, so a bound for each stream alone is not enough.
 
-Waking up for every line costs more than reading it. So while more than a thousand small reads a second are made in all,
-the streams that write all the time are not waited for one by one but looked at together, 50 times a second.
+Waking up for every line costs more than reading it. So while more than a thousand small reads a second are made of
+several streams, those that write all the time are not waited for one by one but looked at together, ten times a second.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ ITERATION = 0.004
 """Seconds of one iteration of the loop that reading may take, give or take a chunk."""
 TURN = 0.002
 """Seconds of one stream's turn."""
-TICK = 0.02
+TICK = 0.1
 """Seconds between two looks at streams that write all the time."""
 WINDOW = 0.1
 CROWDED = 100
 """Small reads in a window from which on it pays to look at streams together."""
+SEVERAL = 8
+"""Streams for which it pays."""
 
 
 class Reader(Protocol):
@@ -52,8 +54,9 @@ class Turns:
         self._ticking = False
         self._window_ends = 0.0
         self._small_reads = 0
+        self._small_readers: set[Reader] = set()
         self.crowded = False
-        """Whether more than a thousand small reads a second were made of late."""
+        """Whether of late it would have paid to look at streams together."""
 
     @classmethod
     def of_running_loop(cls) -> Turns:
@@ -79,12 +82,20 @@ class Turns:
             self._queued.discard(reader)
             self._queue.remove(reader)
 
-    def count_small_read(self, now: float) -> None:
-        """Take note of a read that was hardly worth a turn, at `now` on the loop's clock."""
+    @property
+    def pays(self) -> bool:
+        """Whether enough streams are looked at to go on with it."""
+        return len(self._looked_at) >= SEVERAL
+
+    def count_small_read(self, reader: Reader, now: float) -> None:
+        """Take note of a wake-up that was hardly worth it, at `now` on the loop's clock."""
         self._small_reads += 1
+        self._small_readers.add(reader)
         if now >= self._window_ends:
-            self.crowded = self._small_reads > CROWDED and now < self._window_ends + WINDOW
+            many = self._small_reads > CROWDED and len(self._small_readers) >= SEVERAL
+            self.crowded = many and now < self._window_ends + WINDOW
             self._small_reads = 0
+            self._small_readers.clear()
             self._window_ends = now + WINDOW
 
     def look_at(self, reader: Reader) -> None:

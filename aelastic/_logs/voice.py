@@ -14,8 +14,8 @@ from .lines import NEWLINE, Piece, Prefixed
 if TYPE_CHECKING:
     from .console import Place
 
-WAITING_BYTES = 1 << 20
-"""How much may wait for a console before streams are held back."""
+WAITING_BYTES = 2 << 20
+"""How much may wait for a console before streams are held back: one batch on its way and one to follow."""
 RECHECK = 0.1
 HELD_BYTES = 1 << 20
 """How much of an unfinished line is held in memory."""

@@ -14,8 +14,18 @@ everything that came from the processes of a run.
 
 from .handle import Process
 from .launch import Command, launch, resolve
-from .limits import check_descriptors
+from .limits import check_descriptors, check_open
 from .trampoline import Confirmation, needed_for
 from .tree import Tree
 
-__all__ = ["Command", "Confirmation", "Process", "Tree", "check_descriptors", "launch", "needed_for", "resolve"]
+__all__ = [
+    "Command",
+    "Confirmation",
+    "Process",
+    "Tree",
+    "check_descriptors",
+    "check_open",
+    "launch",
+    "needed_for",
+    "resolve",
+]

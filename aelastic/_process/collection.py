@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 from asyncio.subprocess import Process as Child
 from collections.abc import Coroutine, Generator
 from typing import Any, final
@@ -47,7 +48,8 @@ class Notes(dict[str, Any]):
     def __setitem__(self, name: str, value: Any) -> None:
         super().__setitem__(name, value)
         if name == "subprocess":
-            self._collection.born(value.pid)
+            self._collection.popen = value
+            self._collection.born(value.pid, watched=False)
 
 
 @final
@@ -65,7 +67,7 @@ class _FirstStep:
             awaited = next(steps)
             newborn = [pid for pid in platform.children() if pid not in before]
             if len(newborn) == 1:
-                self._collection.born(newborn[0])
+                self._collection.born(newborn[0], watched=False)
             while True:
                 try:
                     sent = yield awaited
@@ -86,6 +88,8 @@ class Collection:
         self.pidfd: int | None = None
         self.shortage: OSError | None = None
         """Why there is no pidfd, when no descriptor was left."""
+        self.popen: subprocess.Popen[bytes] | None = None
+        """What asyncio's own loops make of the child, known before they arrange for its collection."""
         self.taken = False
         """Whether another waiter of the host has certainly collected the child."""
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -96,12 +100,12 @@ class Collection:
     def attend(self, child: Child) -> None:
         """Learn the pid, where it was not seen before, and when asyncio has collected the child."""
         self._child = child
-        self.born(child.pid)
+        self.born(child.pid, watched=True)
         self._wait()
 
     def _wait(self) -> None:
         # No service: on uvloop it would never end after a foreign waitpid.
-        if self._child is not None:
+        if self._child is not None and not self.done.done():
             self._waiting = self.done.get_loop().create_task(self._child.wait())
             self._waiting.add_done_callback(self._waited)
 
@@ -118,8 +122,12 @@ class Collection:
         if self._waiting is not None:
             self._waiting.cancel()
 
-    def born(self, pid: int) -> None:
-        """Take a pidfd of the child, unless that was done already."""
+    def born(self, pid: int, *, watched: bool) -> None:
+        """Take a pidfd of the child, unless that was done already.
+
+        Args:
+            watched: whether the loop may have collected it by now.
+        """
         if self.pid == pid:
             return
         if self.pidfd is not None:  # what we took for it is another child
@@ -131,6 +139,7 @@ class Collection:
             self.shortage = error
         else:
             if self.pidfd is None and not platform.is_uncollected_child(pid):
+                self.taken = not watched
                 self.was_collected()
 
     @property
@@ -150,6 +159,6 @@ class Collection:
         ignored = signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN  # then the kernel collects (wait(2))
         # uvloop sets its return code in the turn in which it collects, asyncio's loops a turn later.
         ours = isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop)
-        self.taken = ignored or (self.returncode is None and not ours)
+        self.taken = self.taken or ignored or (self.returncode is None and not ours)
         if self.taken and not ours:
             self.is_done()  # uvloop never tells of a child that another waiter took

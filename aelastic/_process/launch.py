@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn, final
@@ -136,15 +137,20 @@ async def _spawn(
         )
         if collection.shortage is not None:
             raise collection.shortage
+    except ProcessLookupError as error:
+        # It was started, and is over: from 3.12 on asyncio finds nobody to watch if another waiter was as fast.
+        if not collection.pid:
+            _refuse(command, error)
+        _collect(collection, error)
     except (OSError, RuntimeError) as error:
-        await _abandon(collection)
+        await _abandon(collection, error)
         if isinstance(error, RuntimeError) and "thread" not in str(error):
             raise
         _refuse(command, error)
     return Process(collection, started_ns, confirmation)
 
 
-async def _abandon(collection: Collection) -> None:
+async def _abandon(collection: Collection, error: BaseException) -> None:
     """End a child that came to life in a start that failed all the same; nothing of it is left."""
     for _ in range(TURNS):
         await asyncio.sleep(0)
@@ -155,16 +161,18 @@ async def _abandon(collection: Collection) -> None:
     await process.reaped(within=1.0)
     process.close()
     if not collection.done.done():
-        _collect(collection)
+        _collect(collection, error)
 
 
-def _collect(collection: Collection) -> None:
-    """Take the place of a waiter that asyncio could not start; the child was killed a second ago."""
-    try:
-        os.waitpid(collection.pid, os.WNOHANG)
-    except ChildProcessError:
+def _collect(collection: Collection, error: BaseException) -> None:
+    """Take the place of a waiter that asyncio could not start; the child is dead."""
+    if collection.popen is None or collection.popen.poll() is None:
         return
     collection.is_done()
+    for frame, _line in traceback.walk_tb(error.__traceback__):  # asyncio leaves it open, and hands it to nobody
+        transport = frame.f_locals.get("transp")
+        if isinstance(transport, asyncio.SubprocessTransport):
+            transport.close()  # of a child that was collected: it signals nobody
 
 
 def _refuse(command: Command, error: OSError | RuntimeError) -> NoReturn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+from collections.abc import Iterable
 
 from .._child import procfs
 
@@ -33,6 +34,23 @@ def check_descriptors(needed: int, who: str) -> None:
             f"{who} can't be started: it needs {needed} descriptors, and {used} of the {soft} that this process may"
             f" have open are in use (RLIMIT_NOFILE, soft; hard: {hard}); raise the limit, or start fewer ranks",
         )
+
+
+def check_open(fds: Iterable[int], who: str) -> None:
+    """Raise unless each of these descriptors is open in this process.
+
+    Args:
+        who: the run, for the text.
+
+    Raises:
+        OSError: EBADF, naming the first that is not.
+    """
+    for fd in fds:
+        try:
+            os.fstat(fd)
+        except OSError as error:
+            text = f"{who} can't be started: descriptor {fd} of WorkerOptions.pass_fds is not open in this process"
+            raise OSError(error.errno, text) from None
 
 
 def check_one_start(fd: int) -> None:

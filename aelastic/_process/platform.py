@@ -26,7 +26,7 @@ PIDFD_GET_INFO = 0xC040FF0B
 """_IOWR(0xFF, 11, struct pidfd_info) of 64 bytes, its first version."""
 PIDFD_INFO_EXIT = 1 << 3
 """Linux 6.15: the wait status, once the process was collected."""
-INFO = struct.Struct("=QQ11Ii")
+EXIT_RECORD = struct.Struct("=QQ11Ii")
 """mask, cgroup id, eleven ids, wait status."""
 
 
@@ -107,12 +107,12 @@ def collected_status(pidfd: int) -> ExitStatus | None:
         return None
     import fcntl  # noqa: PLC0415  # not there on every platform
 
-    info = bytearray(INFO.pack(PIDFD_INFO_EXIT, *[0] * 13))
+    record = bytearray(EXIT_RECORD.pack(PIDFD_INFO_EXIT, *[0] * 13))
     try:
-        fcntl.ioctl(pidfd, PIDFD_GET_INFO, info)
+        fcntl.ioctl(pidfd, PIDFD_GET_INFO, record)
     except OSError:
         return None
-    mask, *_, wait_status = INFO.unpack(info)
+    mask, *_, wait_status = EXIT_RECORD.unpack(record)
     return ExitStatus.from_wait_status(wait_status) if mask & PIDFD_INFO_EXIT else None
 
 

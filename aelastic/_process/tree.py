@@ -162,11 +162,14 @@ class Tree:
     def _press_leader(self, rank: int, sig: int, on_hit: OnHit) -> bool:
         """Signal the leader's group at once; whether it has one that can be signalled."""
         leader = self._leaders.get(rank)
-        if leader is None or not leader.process.signal_group(sig):
+        if leader is None:
+            return False
+        was_alive = not leader.process.has_ended()  # asked first: SIGKILL may have ended it by the next line
+        if not leader.process.signal_group(sig):
             return False
         if sig != signal.SIGKILL:
             leader.process.signal_group(signal.SIGCONT)
-        if not leader.process.has_ended():
+        if was_alive:
             on_hit((leader.process.pid,), sig)
         return True
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from aelastic._exit import ExitStatus
-from aelastic._process import check_descriptors, launch, resolve
+from aelastic._process import check_descriptors, launch, platform, resolve
 from tests.real import children
 from tests.real.children import NET, child, command, open_ends, python
 
@@ -81,12 +81,29 @@ def reaper() -> Iterator[Callable[[], None]]:
     thread.join()
 
 
+@pytest.mark.filterwarnings("ignore:unclosed resource <UVProcessTransport:ResourceWarning")
+async def test_a_status_that_another_waiter_took_at_once_is_unknown_and_not_invented(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    open_child = platform.open_child
+
+    def too_late(pid: int) -> int | None:
+        os.waitpid(pid, 0)
+        return open_child(pid)
+
+    monkeypatch.setattr(platform, "open_child", too_late)
+    async with child("sh", "-c", "exit 0") as started:
+        status = await asyncio.wait_for(started.process.exited, NET)
+        assert (status.code, status.signal, status.returncode) == (None, None, 255)
+        assert not started.process.signal_group(signal.SIGKILL)
+
+
 # uvloop has no way to let go of a child that another waiter took; it closes its handle with the loop, and says so.
 @pytest.mark.filterwarnings("ignore:unclosed resource <UVProcessTransport:ResourceWarning")
 async def test_a_foreign_waitpid_neither_loses_the_exit_nor_changes_its_status(reaper: Callable[[], None]) -> None:
     reaper()
-    for code in range(20):
-        async with child("sh", "-c", f"echo ready; sleep 0.02; exit {code}") as started:
+    for code in range(12):
+        async with child("sh", "-c", f"echo ready; sleep 0.25; exit {code}") as started:
             await started.line()
             status = await asyncio.wait_for(started.process.exited, NET)
             assert status == ExitStatus(code, None)
