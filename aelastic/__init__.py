@@ -6,7 +6,7 @@ General layout. A file imports only from floors below its own:
     floor 5   _start, _context, _run, _signals    a run: attempt, outcome, result; the caller's handle on it
     floor 4   _gang                               one attempt: start all, watch all, stop all
     floor 3   _worker                             one incarnation of a rank: its process, its output, its end
-    floor 2   _process/ _logs/ _function/ _bus _guard _evidence _tasks _threads      machines that touch the OS
+    floor 2   _process/ _logs/ _function/ _bus _guard _evidence _tasks _threads _limits      machines that touch the OS
     floor 1   _spec _lifecycle _logs/ (plan, lines)                                  rules: no await, no clock
     floor 0   _std _exit _policies _failures _results _events                        words: values
     cellar    _child/                             what runs inside other processes; standard library only

@@ -22,9 +22,10 @@ from ._failures import ProcessFailure
 from ._function import Function
 from ._guard import Watch
 from ._lifecycle import State, schedule
-from ._logs import Console, LineHub, LogsDest, Outputs, Route, StreamPlan
+from ._limits import check_descriptors, check_open
+from ._logs import Console, LineHub, LogsDest, Outputs, Plans, Route
 from ._policies import Step
-from ._process import Command, Process, Tree, check_descriptors, check_open, launch, resolve
+from ._process import Command, Process, Tree, launch, resolve
 from ._results import Survivor
 from ._returned import Value
 from ._spec import RunSpec
@@ -36,12 +37,24 @@ _DESCRIPTORS = {Route.INHERIT: 0, Route.DISCARD: 1, Route.FILE: 1, Route.PIPE: 4
 """By route, what one stream of one rank has open: both ends of a pipe, the file and its index."""
 
 
-TRANSIENT_DESCRIPTORS = 16
-"""What one spawn has open while it is under way, and a look at /proc beside it."""
+TRANSIENT_DESCRIPTORS = 20
+"""What one spawn has open while it is under way, a look at /proc beside it, the guard and the journal."""
 
 
 class StartAbandoned(Exception):
     """The run was stopped before all its ranks had been started."""
+
+
+def check_limits(spec: RunSpec, plans: Plans) -> None:
+    """Raise unless a gang's descriptors are there: those it passes on are open, and there is room for its own.
+
+    Raises:
+        OSError: EBADF or EMFILE, naming the run and what is missing.
+    """
+    check_open(spec.options.pass_fds, spec.name)
+    streams = sum(_DESCRIPTORS[plan.route] for streams in plans.values() for plan in streams.values())
+    ranks = spec.nprocs * (2 if spec.is_command else 4)  # pidfds (ours and asyncio's) and pipes
+    check_descriptors(streams + ranks + TRANSIENT_DESCRIPTORS, spec.name)
 
 
 @final
@@ -96,7 +109,7 @@ class Gang:
         self,
         spec: RunSpec,
         dest: LogsDest,
-        plans: Mapping[int, Mapping[Std, StreamPlan]],
+        plans: Plans,
         envs: Mapping[int, dict[str, str]],
         machines: Machines,
     ) -> None:
@@ -167,8 +180,6 @@ class Gang:
                 resolve(spec.entrypoint, self._envs[rank], self._cwd, who=spec.who(rank))
         else:
             self._function = await Function.prepare(spec, machines.threads)
-        check_open(spec.options.pass_fds, spec.name)
-        check_descriptors(self._descriptors, spec.name)
         self._outputs = await Outputs.open(
             self._plans,
             name=spec.name,
@@ -182,12 +193,6 @@ class Gang:
             on_broken=self._broken,
             buffer_bytes=self.dest.buffer_bytes,
         )
-
-    @property
-    def _descriptors(self) -> int:
-        """How many descriptors the start needs at the most: streams, files, pidfds (ours and asyncio's), pipes."""
-        streams = sum(_DESCRIPTORS[plan.route] for streams in self._plans.values() for plan in streams.values())
-        return streams + self.spec.nprocs * (2 if self.spec.is_command else 4) + TRANSIENT_DESCRIPTORS
 
     @property
     def _cwd(self) -> str | None:

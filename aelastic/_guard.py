@@ -21,6 +21,7 @@ from typing import final
 
 from ._child import procfs
 from ._exit import ExitStatus
+from ._limits import shortage
 from ._policies import StopPolicy
 from ._tasks import outlast, service
 
@@ -274,7 +275,9 @@ class GuardProcess:
 
 
 def _not_started(error: OSError) -> OSError:
-    return OSError(error.errno, f"the guard process could not be started: {error.strerror}")
+    return OSError(
+        error.errno, f"the guard process could not be started: {shortage(error.errno or 0) or error.strerror}"
+    )
 
 
 def _open_pidfd(pid: int) -> int:

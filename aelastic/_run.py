@@ -16,7 +16,7 @@ from typing import final
 
 from ._bus import Bus
 from ._events import Event, GuardLost, RunFinished, RunStarted
-from ._gang import AttemptEnd, Gang, Machines
+from ._gang import AttemptEnd, Gang, Machines, check_limits
 from ._guard import watch
 from ._lifecycle import outcome
 from ._logs import Console, InheritLogsSpecs, Journal, LineHub, LogsDest, LogsSpecs, Plans, Route, plan
@@ -123,6 +123,7 @@ class Run:
         stack.callback(disks.close)
         envs = worker_environments(self.spec, os.environ, self.run_id, attempt=0)
         plans = await self._settle_output(stack, envs, disks)
+        check_limits(self.spec, plans)
         await self._open_journal(stack, disks)
         tree = Tree(self.run_id, threads)
         stack.callback(tree.close)

@@ -12,17 +12,6 @@ import pytest_asyncio
 
 from tests import leaks
 
-# Each had failures in its last whole run, under load, that nobody has explained yet: two fork storms in guard, one
-# gap of the loop on uvloop in functions. AELASTIC_TEST_ALL=1 runs them too.
-collect_ignore = (
-    []
-    if os.environ.get("AELASTIC_TEST_ALL")
-    else [
-        "real/test_functions.py",
-        "real/test_guard.py",
-    ]
-)
-
 LINUX = sys.platform.startswith("linux")
 
 

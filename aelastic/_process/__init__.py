@@ -14,7 +14,6 @@ everything that came from the processes of a run.
 
 from .handle import Process
 from .launch import Command, launch, resolve
-from .limits import check_descriptors, check_open
 from .trampoline import Confirmation, needed_for
 from .tree import Tree
 
@@ -23,8 +22,6 @@ __all__ = [
     "Confirmation",
     "Process",
     "Tree",
-    "check_descriptors",
-    "check_open",
     "launch",
     "needed_for",
     "resolve",

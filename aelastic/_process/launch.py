@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn, final
 
+from .._limits import check_one_start, shortage
 from .._policies import WorkerOptions
 from .collection import Collection, start_collected
 from .handle import Process
-from .limits import check_one_start, shortage
 from .trampoline import Confirmation, argv_of, needed_for
 
 TURNS = 3

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.house.source import ROOT
-from tests.ways_to_die import DEAF_TO_TERM, ENDING, EXIT_0, EXIT_3, NOT_EXECUTABLE, NOT_FOUND, RUNS_ON, Way
+from tests.ways_to_die import DEAF_TO_TERM, ENDING, EXIT_0, NOT_EXECUTABLE, NOT_FOUND, RUNS_ON, Way
 
 AELASTIC = (sys.executable, "-m", "aelastic")
 
@@ -110,7 +110,7 @@ def first_lines(process: subprocess.Popen[bytes], count: int) -> None:
 
 def test_logs_shows_what_a_run_left(tmp_path: Path) -> None:
     """All ranks and streams, or the chosen ones."""
-    aelastic("run", "-n", "2", "--redirects", "3", "--log-dir", str(tmp_path), "--", *EXIT_3.argv)
+    aelastic("run", "-n", "2", "--redirects", "3", "--log-dir", str(tmp_path), "--", *EXIT_0.argv)
     (run_dir,) = map(str, tmp_path.iterdir())
     assert aelastic("logs", run_dir) == (0, "[0]:ready\n[1]:ready\n", "")
     assert aelastic("logs", run_dir, "--rank", "1") == (0, "[1]:ready\n", "")

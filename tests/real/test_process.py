@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from aelastic._exit import ExitStatus
-from aelastic._process import check_descriptors, launch, platform, resolve
+from aelastic._limits import check_descriptors
+from aelastic._process import launch, platform, resolve
 from tests.real import children
 from tests.real.children import NET, child, command, open_ends, python
 

@@ -7,7 +7,7 @@ import os
 import resource
 from collections.abc import Iterable
 
-from .._child import procfs
+from ._child import procfs
 
 A_START_NEEDS = 10
 """Descriptors that one spawn holds at the most while it is under way, those it keeps included: three copies, two
