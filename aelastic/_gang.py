@@ -154,8 +154,9 @@ class Gang:
             self._raise_if_stopped()
             processes[rank] = process = await self._launch(rank)
             self._machines.tree.add(rank, process)
-            self._machines.watch.worker(rank, process.pid)
+            self._machines.watch.worker(rank, process.pid, process.held_ticks)
             self._opened.started(rank)
+        await self._opened.opened()
         for rank, process in processes.items():
             await process.confirmed()
             self.workers[rank] = self._employ(rank, process)
@@ -167,6 +168,14 @@ class Gang:
             raise RuntimeError("the outputs of this attempt were not opened yet")
         return self._outputs
 
+    def _look_up(self, program: str) -> None:
+        """Raise unless every rank finds the program, which is looked for once along each PATH."""
+        paths: set[str | None] = set()
+        for rank, env in self._envs.items():
+            if env.get("PATH") not in paths:
+                resolve(program, env, self._cwd, who=self.spec.who(rank))
+                paths.add(env.get("PATH"))
+
     def _raise_if_stopped(self) -> None:
         if self._stopped is not None:
             raise StartAbandoned(f"{self.spec.name} was stopped while it was being started")
@@ -176,8 +185,7 @@ class Gang:
         spec, machines = self.spec, self._machines
         self._oom_before = await self._loop.run_in_executor(machines.threads, count_oom_kills)
         if isinstance(spec.entrypoint, str):
-            for rank in range(spec.nprocs):
-                resolve(spec.entrypoint, self._envs[rank], self._cwd, who=spec.who(rank))
+            self._look_up(spec.entrypoint)
         else:
             self._function = await Function.prepare(spec, machines.threads)
         self._outputs = await Outputs.open(

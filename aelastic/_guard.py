@@ -32,6 +32,8 @@ BACKLOG_BYTES = 1024 * 1024
 """A guard that leaves more than this unread is not working; it is replaced."""
 RETRY_SECONDS = 0.05
 """How soon a full pipe is tried again."""
+TOGETHER_SECONDS = 0.01
+"""How long a worker's line waits for the lines of others."""
 RESTART_SECONDS = 1.0
 """The least time between two starts after a loss."""
 END_SECONDS = 5.0
@@ -77,6 +79,8 @@ class Watch:
         policy = f"{stop.on_supervisor_death} {stop.orphan_grace!r} {int(first)}"
         self._opening = f"run {run_id} {policy} {procfs.now_ticks() - 1} {path}\n"
         self._workers: dict[int, str] = {}
+        self._unsaid = ""
+        """Lines for the guard in office; a new one is told everything."""
         self._on_lost = on_lost
         self._executor = executor
         self._sentry = -1
@@ -85,20 +89,22 @@ class Watch:
         self._retry: asyncio.TimerHandle | None = None
         self._released = False
 
-    def worker(self, rank: int, pid: int, started_ticks: int | None = None) -> None:
+    def worker(self, rank: int, pid: int, held_ticks: int) -> None:
         """Name a worker to the guard; it takes the place of the rank's former one.
+
+        Lines of workers that start one after the other go together: each by itself would wake the guard, which takes
+        the processor from those who start. What was started in the last moment is found by its lineage.
 
         Args:
             pid: our child, leader of its own session.
-            started_ticks: its start time as /proc shows it; None reads it here (20 microseconds).
+            held_ticks: clock ticks since boot at which the pid was certainly its own; 0 when that isn't known.
         """
-        started = procfs.started_ticks(pid) if started_ticks is None else started_ticks
-        if started is None:
+        if not held_ticks:
             return  # ended and collected already: what it left behind is found by its lineage
-        line = f"worker {self.run_id} {rank} {pid} {started} {procfs.now_ticks()}\n"
-        self._workers[rank] = line
-        if _house.tell(line) and self._retry is None:
-            self._retry = self.loop.call_later(RETRY_SECONDS, self._flush)
+        self._workers[rank] = line = f"worker {self.run_id} {rank} {pid} {held_ticks}\n"
+        self._unsaid += line
+        if self._retry is None:
+            self._retry = self.loop.call_later(TOGETHER_SECONDS, self._flush)
 
     @property
     def lines(self) -> str:
@@ -188,8 +194,9 @@ class Watch:
                 due = time.monotonic() + RESTART_SECONDS
 
     def _flush(self) -> None:
-        """Try a full pipe again, until the guard has read what waits for it."""
-        self._retry = self.loop.call_later(RETRY_SECONDS, self._flush) if _house.tell("") else None
+        """Pass on what is to be said, and try a full pipe again until the guard has read what waits for it."""
+        said, self._unsaid = self._unsaid, ""
+        self._retry = self.loop.call_later(RETRY_SECONDS, self._flush) if _house.tell(said) else None
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

@@ -5,7 +5,7 @@ death: its pidfd (a host that forked leaves the pipe open in its child) and the 
 exec'd lives on under its pid). The pipe also tells it what to look after, one line a fact:
 
     run RUN_ID POLICY GRACE SIGNAL SINCE JOURNAL    its begin in clock ticks since boot; the path in hexadecimal, or -
-    worker RUN_ID RANK PID STARTED SEEN             when it began and when it was last known alive, in clock ticks
+    worker RUN_ID RANK PID SEEN                     when the pid was certainly its own, in clock ticks
     end RUN_ID                                      nothing of this run is left
 
 It has a session of its own, ignores SIGTERM, SIGINT and SIGHUP, and holds no directory, no terminal and no worker's
@@ -54,8 +54,8 @@ class Ledger:
             case ["run", run_id, policy, grace, first, since, journal]:
                 path = b"" if journal == "-" else bytes.fromhex(journal)
                 self.runs[run_id] = Run(run_id, policy, float(grace), int(first), int(since), path)
-            case ["worker", run_id, rank, pid, started, seen] if run_id in self.runs:
-                leader = Leader(int(rank), int(pid), int(started), int(seen))
+            case ["worker", run_id, rank, pid, seen] if run_id in self.runs:
+                leader = Leader(int(rank), int(pid), int(seen))
                 self.runs[run_id].employ(leader)
                 return leader
             case ["end", run_id] if run_id in self.runs:

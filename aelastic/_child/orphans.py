@@ -32,16 +32,17 @@ class Leader:
     """A worker's first process, whose pid is also the number of its group and session.
 
     Args:
-        seen: clock ticks at which the supervisor saw it alive.
+        seen: clock ticks at which the pid was certainly its own; who began later is another.
     """
 
-    def __init__(self, rank: int, pid: int, started: int, seen: int) -> None:
+    def __init__(self, rank: int, pid: int, seen: int) -> None:
         self.rank = rank
         self.pid = pid
         self.until: int | None = seen
         """Ticks until which it is known to have held its pid; None while it lives."""
         self.fd = _open_pidfd(pid)
-        if self.fd >= 0 and procfs.started_ticks(pid) == started:
+        started = procfs.started_ticks(pid) if self.fd >= 0 else None
+        if started is not None and started <= seen:
             self.until = None
         else:
             self.close()

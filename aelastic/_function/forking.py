@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from typing import Any, final
 
-from aelastic._child import forked
+from aelastic._child import forked, procfs
 from aelastic._exit import ExitStatus
 from aelastic._process import Command, Confirmation, Process, needed_for
 
@@ -55,7 +55,7 @@ async def fork(call: Call, command: Command, result: ResultChannel, threads: Exe
         raise OSError(error.errno, f"{command.who} can't be started: {error.strerror}") from error
     confirmation.started()
     child = ForkedChild(pid)
-    process = Process(child, started_ns, confirmation)  # type: ignore[arg-type]  # same shape as its Collection
+    process = Process(child, started_ns, confirmation)
     process.exited.add_done_callback(lambda _: child.collect())
     return process
 
@@ -88,6 +88,7 @@ class ForkedChild:
         self.status: ExitStatus | None = None
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
+        self.held_ticks = procfs.now_ticks()
         self.pidfd = _open_pidfd(pid)
         if self.pidfd is None:
             threading.Thread(target=self._wait, name=f"end of {pid}", daemon=True).start()

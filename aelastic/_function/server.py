@@ -38,7 +38,9 @@ class ServedChild:
         self.pid = pid
         self.status: ExitStatus | None = None
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        now = procfs.now_ticks()
         self.pidfd = _pidfd_of(pid, server_pid)
+        self.held_ticks = now if self.pidfd is not None else 0
 
     def was_collected(self) -> None:
         """Learn that the kernel doesn't tell us its status; the server does."""
@@ -148,7 +150,7 @@ class ForkServer:
             child = answer.result()
         except OSError as error:
             raise OSError(error.errno, f"{command.who} can't be started: {error.strerror}") from error
-        process = Process(child, started_ns, confirmation)  # type: ignore[arg-type]  # same shape as its Collection
+        process = Process(child, started_ns, confirmation)
         process.exited.add_done_callback(lambda _: child.ended(None))
         return process
 

@@ -1,7 +1,8 @@
-"""The desk: small writes to many files, done together.
+"""The desk: short calls that touch the disk, for many files, done together.
 
-A job for a thread costs ten times what a short write does. So what many files have to be given at one time goes in one
-job. A file that hangs holds up itself only: the jobs take from one queue, and what one could not do the next one does.
+A job for a thread costs ten times what a short write does. So what many files ask for at one time, to be opened or
+to be given a few lines, goes in one job. A file that hangs holds up itself only: the jobs take from one queue, and what
+one could not do the next one does.
 """
 
 from __future__ import annotations
@@ -9,11 +10,10 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import ClassVar, final
-
-from .logfile import Batch, LogFile
 
 LOOK_EVERY = 0.05
 """Seconds after which the results of a job that goes on are handed out."""
@@ -21,17 +21,16 @@ LOOK_EVERY = 0.05
 
 @final
 @dataclass(slots=True, eq=False)
-class _Write:
-    file: LogFile
-    batch: Batch
+class _Errand:
+    call: Callable[[], None]
     done: asyncio.Future[None]
     error: BaseException | None = field(default=None)
     finished: bool = False
 
     def run(self) -> None:
         try:
-            self.file.writelines(self.batch)
-        except BaseException as error:  # noqa: BLE001  # raised to whoever asked for the write
+            self.call()
+        except BaseException as error:  # noqa: BLE001  # raised to whoever asked for it
             self.error = error
         self.finished = True
 
@@ -46,13 +45,13 @@ class _Write:
 
 @final
 class Desk:
-    """One executor's small writes, as asked for from one loop."""
+    """One executor's short calls, as asked for from one loop."""
 
     _of_executor: ClassVar[weakref.WeakKeyDictionary[Executor, Desk]] = weakref.WeakKeyDictionary()
 
     def __init__(self) -> None:
-        self._asked: deque[_Write] = deque()
-        self._unfinished: list[_Write] = []
+        self._asked: deque[_Errand] = deque()
+        self._unfinished: list[_Errand] = []
         self._called = False
         self._jobs = 0
 
@@ -64,20 +63,20 @@ class Desk:
             desk = cls._of_executor[executor] = cls()
         return desk
 
-    async def writelines(self, executor: Executor, file: LogFile, batch: Batch) -> None:
-        """Append a batch to a file, with whatever else is asked for in this turn of the loop.
+    async def run(self, executor: Executor, call: Callable[[], None]) -> None:
+        """Make a short call on the executor, with whatever else is asked for in this turn of the loop.
 
         Raises:
-            OSError: see `LogFile.writelines`.
+            BaseException: what the call raised.
         """
         loop = asyncio.get_running_loop()
-        write = _Write(file, batch, loop.create_future())
-        self._asked.append(write)
-        self._unfinished.append(write)
+        errand = _Errand(call, loop.create_future())
+        self._asked.append(errand)
+        self._unfinished.append(errand)
         if not self._called:
             self._called = True
             loop.call_soon(self._start, executor)
-        await write.done
+        await errand.done
 
     def _start(self, executor: Executor) -> None:
         self._called = False
@@ -90,10 +89,10 @@ class Desk:
     def _work(self) -> None:
         while self._asked:
             try:
-                write = self._asked.popleft()
+                errand = self._asked.popleft()
             except IndexError:  # another thread took the last one
                 return
-            write.run()
+            errand.run()
 
     def _job_done(self, job: asyncio.Future[None]) -> None:
         self._jobs -= 1
@@ -106,7 +105,7 @@ class Desk:
             asyncio.get_running_loop().call_later(LOOK_EVERY, self._look)
 
     def _hand_out(self) -> None:
-        finished = [write for write in self._unfinished if write.finished]
-        self._unfinished = [write for write in self._unfinished if not write.finished]
-        for write in finished:
-            write.tell()
+        finished = [errand for errand in self._unfinished if errand.finished]
+        self._unfinished = [errand for errand in self._unfinished if not errand.finished]
+        for errand in finished:
+            errand.tell()

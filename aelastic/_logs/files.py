@@ -9,6 +9,7 @@ with growing pauses, for a second; what is lost after that is counted, and annou
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import time
 from collections.abc import Callable
@@ -43,7 +44,7 @@ Lost = Callable[[int, str], None]
 
 @final
 class FileSink:
-    """One file. `open` blocks, everything else is the loop's.
+    """One file, opened by its writer. Everything is the loop's.
 
     Args:
         path: made if missing, appended to.
@@ -84,6 +85,8 @@ class FileSink:
         """When the next write of less than 64 KiB may begin, on the loop's clock."""
         self._waker: asyncio.Future[None] | None = None
         self._task: ServiceTask[None] | None = None
+        self.opened: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
+        """Resolved when the file is open, or with what is in the way; a failure is tried again at the next write."""
 
     @property
     def path(self) -> str:
@@ -104,22 +107,14 @@ class FileSink:
         """Paths of what is there, oldest first, the current piece last."""
         return self._file.all_pieces()
 
-    def open(self) -> None:
-        """Open the file; blocks.
-
-        Raises:
-            OSError: naming the path.
-        """
-        self._file.open()
-
     def start(self) -> None:
-        """Begin to write, in the running loop; idempotent."""
-        if self._task is not None:
-            return
+        """Open the file and begin to write, in the running loop; see `opened`."""
         self._task = service(self._run(), name=f"writer of {self.path}")
         self._task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
+        if not self.opened.done():
+            self.opened.set_result(OSError(errno.EIO, f"{self.path} was given up before it was open"))
         if not task.cancelled() and (error := task.exception()) is not None:
             self._on_broken(error)
 
@@ -141,8 +136,8 @@ class FileSink:
         self._finishing = True
         self._wake()
         if self._task is None:
-            self._file.close()
-        elif not await self._written():
+            return
+        if not await self._written():
             self._file.give_up()
             # Not our own cancel(), which asks the owner: we are the owner, and the thread that hangs stays behind.
             asyncio.Task.cancel(self._task)
@@ -170,6 +165,7 @@ class FileSink:
         file: Any = self._file  # its types know FileIO only
         disk: Any = AsyncFileIO(file, asyncio.get_running_loop(), self._executor)
         try:
+            self.opened.set_result(await self._open())
             while self._pending or not self._finishing:
                 if not self._pending:
                     await self._pause(None)
@@ -182,6 +178,13 @@ class FileSink:
             raise
         await disk.close()
         self._count_deleted()
+
+    async def _open(self) -> OSError | None:
+        try:
+            await Desk.of(self._executor).run(self._executor, self._file.open)
+        except OSError as error:
+            return error
+        return None
 
     def _too_soon(self) -> float:
         """Seconds to wait for more, so that a stream of short lines isn't one job for each line."""
@@ -201,7 +204,7 @@ class FileSink:
             before = self._file.taken_bytes
             try:
                 if self._writing_bytes < SMALL_BYTES:
-                    await Desk.of(self._executor).writelines(self._executor, self._file, batch)
+                    await Desk.of(self._executor).run(self._executor, functools.partial(self._file.writelines, batch))
                 else:
                     await disk.writelines(batch)
             except OSError as error:
@@ -314,8 +317,10 @@ class Journal:
             OSError: naming the path.
         """
         journal = cls(path, executor=executor, on_lost=on_lost)
-        await asyncio.get_running_loop().run_in_executor(executor, journal._sink.open)
         journal._sink.start()
+        if (error := await journal._sink.opened) is not None:
+            await journal.close()
+            raise error
         return journal
 
     @property

@@ -92,6 +92,8 @@ class LogFile:
         self._own_bytes = 0
         if self._timestamps:
             self._index_fd = open_for_append(self.path + INDEX_SUFFIX, os.O_WRONLY, nonblocking=True)
+        if self._given_up:
+            self._close()
 
     def writelines(self, batch: Batch) -> None:
         """Append a batch. The name is aiofiles' for it; the chunks need not be lines.
@@ -130,11 +132,11 @@ class LogFile:
         self._close()
 
     def _close(self) -> None:
-        for fd in (self._fd, self._index_fd):
+        fds, self._fd, self._index_fd = (self._fd, self._index_fd), -1, -1
+        for fd in fds:
             if fd >= 0:
                 with contextlib.suppress(OSError):  # what was written before is the page cache's by now
                     os.close(fd)
-        self._fd = self._index_fd = -1
 
     def give_up(self) -> None:
         """Say that nobody waits for a call that hangs: it closes the file itself when it comes back."""

@@ -63,7 +63,6 @@ class Outputs:
         self._filtered: dict[str, FileSink] = {}
         self._pumps: dict[Key, Pump] = {}
         self._openings: dict[int, asyncio.Future[None]] = {}
-        self._filters_opening: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._closing: asyncio.Future[None] | None = None
 
     @classmethod
@@ -122,10 +121,12 @@ class Outputs:
         streams = hub.begin(self._plans, attempt)
         for key in piped:
             self._pumps[key] = self._pump(key, streams[key])
+        for sink in (*self._filtered.values(), *self._sinks.values()):
+            sink.start()
         loop = asyncio.get_running_loop()
-        self._filters_opening = loop.run_in_executor(self._executor, self._open_filters)
         for rank in self._plans:
-            self._openings[rank] = loop.run_in_executor(self._executor, self._open_files, rank)
+            if any(self._plans[rank][std].route in (Route.FILE, Route.DISCARD) for std in STREAMS):
+                self._openings[rank] = loop.run_in_executor(self._executor, self._open_files, rank)
 
     def _is_piped(self, rank: int, std: Std) -> bool:
         return self._plans[rank][std].route is Route.PIPE
@@ -181,28 +182,38 @@ class Outputs:
         for pump in self._pumps.values():
             pump.look_again()
 
-    def _open_filters(self) -> None:
-        for path, sink in self._filtered.items():
-            try:
-                sink.open()
-            except OSError as error:
-                why = f"{self._name}: the filter file can't be opened: {error.strerror}"
-                raise OSError(error.errno, why, path) from None
-
     def _open_files(self, rank: int) -> None:
-        """Open what one rank needs; blocks."""
+        """Open what one rank's worker writes to itself; blocks."""
         for std in STREAMS:
             plan = self._plans[rank][std]
             try:
-                if (rank, std) in self._sinks:
-                    self._sinks[rank, std].open()
-                elif plan.route is Route.FILE:
+                if plan.route is Route.FILE:
                     self._child_fds[rank, std] = open_for_append(plan.path, os.O_WRONLY, nonblocking=False)
                 elif plan.route is Route.DISCARD:
                     self._child_fds[rank, std] = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
             except OSError as error:
-                why = f"{self._name} rank {rank}: the file for its {std.label} can't be opened: {error.strerror}"
-                raise OSError(error.errno, why, plan.path) from None
+                raise self._not_opened(error, rank, std) from None
+
+    def _not_opened(self, error: OSError, rank: int, std: Std) -> OSError:
+        why = f"{self._name} rank {rank}: the file for its {std.label} can't be opened: {error.strerror}"
+        return OSError(error.errno, why, self._plans[rank][std].path)
+
+    async def opened(self) -> None:
+        """Wait until the files of all piped streams are open; they are opened while the workers are started.
+
+        Raises:
+            OSError: if one can't be opened, naming it, run and rank.
+        """
+        sinks = (*self._filtered.values(), *self._sinks.values())
+        if sinks:
+            await asyncio.wait([sink.opened for sink in sinks])
+        for path, sink in self._filtered.items():
+            if (error := sink.opened.result()) is not None:
+                why = f"{self._name}: the filter file can't be opened: {error.strerror}"
+                raise OSError(error.errno, why, path) from error
+        for (rank, std), sink in self._sinks.items():
+            if (error := sink.opened.result()) is not None:
+                raise self._not_opened(error, rank, std) from error
 
     async def child_fds(self, rank: int) -> tuple[int, int]:
         """The descriptors to start a worker with: its stdout and its stderr.
@@ -210,11 +221,10 @@ class Outputs:
         They stay ours; `started` closes them.
 
         Raises:
-            OSError: if a file of this rank can't be opened, naming run, rank and file.
+            OSError: if a file that the worker writes to itself can't be opened, naming run, rank and file.
         """
-        needed = (self._filters_opening, self._openings[rank])
-        await asyncio.wait(needed)
-        for opening in needed:
+        if (opening := self._openings.get(rank)) is not None:
+            await asyncio.wait({opening})
             opening.result()
         out, err = (self._child_fd(rank, std) for std in STREAMS)
         return out, err
@@ -226,8 +236,6 @@ class Outputs:
 
     def started(self, rank: int) -> None:
         """Close our copies of a started worker's descriptors and begin to read."""
-        for sink in self._filtered.values():
-            sink.start()
         for std in STREAMS:
             fd = self._child_fds.pop((rank, std), None)
             if fd is not None:
@@ -235,8 +243,6 @@ class Outputs:
             pump = self._pumps.get((rank, std))
             if pump is not None:
                 self._pipes[rank, std].close_write()
-                if pump.file is not None:
-                    pump.file.start()
                 pump.start()
 
     def release(self) -> None:
@@ -335,8 +341,9 @@ class Outputs:
         self._closing.result()
 
     async def _close(self) -> None:
-        openings: list[asyncio.Future[None]] = [*self._openings.values(), self._filters_opening]
-        await asyncio.wait(openings, timeout=OPEN_WITHIN)
+        openings = list(self._openings.values())
+        if openings:
+            await asyncio.wait(openings, timeout=OPEN_WITHIN)
         for opening in openings:
             if opening.done() and not opening.cancelled():
                 opening.exception()  # whoever started the rank was told

@@ -14,6 +14,7 @@ from asyncio.subprocess import Process as Child
 from collections.abc import Coroutine, Generator
 from typing import Any, final
 
+from .._child import procfs
 from .._exit import UNKNOWN_RETURNCODE, ExitStatus
 from . import platform
 
@@ -86,6 +87,7 @@ class Collection:
     def __init__(self) -> None:
         self.pid = 0
         self.pidfd: int | None = None
+        self.held_ticks = 0
         self.shortage: OSError | None = None
         """Why there is no pidfd, when no descriptor was left."""
         self.popen: subprocess.Popen[bytes] | None = None
@@ -132,12 +134,13 @@ class Collection:
             return
         if self.pidfd is not None:  # what we took for it is another child
             os.close(self.pidfd)
-        self.pid = pid
+        self.pid, now = pid, procfs.now_ticks()
         try:
             self.pidfd = platform.open_child(pid)
         except OSError as error:
             self.shortage = error
         else:
+            self.held_ticks = now if self.pidfd is not None else 0
             if self.pidfd is None and not platform.is_uncollected_child(pid):
                 self.taken = not watched
                 self.was_collected()

@@ -14,13 +14,12 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from typing import final
+from typing import Protocol, final
 
 from .._child import procfs
 from .._exit import ExitStatus
 from .._results import ExitUsage
 from . import platform
-from .collection import Collection
 from .trampoline import Confirmation
 
 UNKNOWN = ExitStatus(None, None)
@@ -28,23 +27,43 @@ PAUSES = (0.001, 0.01, 0.1, 0.5)
 """Seconds between questions for a status that is just being taken by another thread; after the last it is unknown."""
 
 
+class Child(Protocol):
+    """Who collects a process that has been born; asyncio, or whoever forked it."""
+
+    pid: int
+    pidfd: int | None
+    held_ticks: int
+    """Clock ticks since boot at which the number was certainly its own; 0 when no pidfd tells."""
+    done: asyncio.Future[None]
+    """Resolved when it is collected."""
+
+    @property
+    def status(self) -> ExitStatus | None:
+        """As the collector tells it; None while it doesn't, or can't know."""
+        ...
+
+    def was_collected(self) -> None:
+        """Hear from the kernel that somebody collected it."""
+        ...
+
+
 @final
 class Process:
-    """A process that asyncio started and we watch. Belongs to the running loop.
+    """A started process that we watch. Belongs to the running loop.
 
     Args:
-        collection: of this child, which has been born.
+        child: what its collector knows of it.
         started_ns: monotonic nanoseconds before it was started.
         confirmation: of the trampoline that it was started through; None without one.
     """
 
-    def __init__(self, collection: Collection, started_ns: int, confirmation: Confirmation | None) -> None:
+    def __init__(self, child: Child, started_ns: int, confirmation: Confirmation | None) -> None:
         self._loop = asyncio.get_running_loop()
-        self._collection = collection
+        self._child = child
         self._confirmation = confirmation
         self._retry: asyncio.TimerHandle | None = None
-        self.pid = collection.pid
-        self.pidfd = collection.pidfd
+        self.pid = child.pid
+        self.pidfd = child.pidfd
         self.started_ns = started_ns
         self.exit_ns = 0
         """Monotonic nanoseconds at which the end was seen; 0 before."""
@@ -52,11 +71,11 @@ class Process:
         """Known at the exit where the figures could be read before anybody collected the process."""
         self.exited: asyncio.Future[ExitStatus] = self._loop.create_future()
         """Resolved as soon as the process has ended, whatever it left running; never fails."""
-        self.held_ticks = procfs.now_ticks() if self.pidfd is not None else 0
+        self.held_ticks = child.held_ticks
         """Clock ticks since boot up to which its number was certainly its own (procfs.Member.started)."""
         if self.pidfd is not None:
             self._loop.add_reader(self.pidfd, self._end_seen)
-        collection.done.add_done_callback(self._collected)
+        child.done.add_done_callback(self._collected)
 
     async def confirmed(self) -> None:
         """Wait until the program itself runs; at once where no trampoline is needed.
@@ -93,14 +112,14 @@ class Process:
             self.held_ticks, self.usage = now, ExitUsage(cpu_seconds=seconds)
             self._resolve(status)
         else:
-            self._collection.was_collected()
+            self._child.was_collected()
             self._ask(PAUSES)
 
     def _ask(self, pauses: tuple[float, ...]) -> None:
         """Ask the kernel and asyncio; again a little later while another thread is just collecting."""
         if self.exited.done() or self.pidfd is None:
             return
-        status = platform.collected_status(self.pidfd) or self._collection.status
+        status = platform.collected_status(self.pidfd) or self._child.status
         if status is not None or not pauses:
             self._resolve(status or UNKNOWN)
         else:
@@ -110,7 +129,7 @@ class Process:
         if self.exited.done():
             return
         told = None if self.pidfd is None else platform.collected_status(self.pidfd)
-        self._resolve(told or self._collection.status or UNKNOWN)
+        self._resolve(told or self._child.status or UNKNOWN)
 
     def _resolve(self, status: ExitStatus) -> None:
         if not self.exited.done():
@@ -120,12 +139,12 @@ class Process:
     async def reaped(self, within: float) -> None:
         """Wait until the process is collected, so that no zombie of ours is left; `within` seconds at the most."""
         deadline, pause = self._loop.time() + within, PAUSES[0]
-        while not self._collection.done.done() and (left := deadline - self._loop.time()) > 0:
+        while not self._child.done.done() and (left := deadline - self._loop.time()) > 0:
             # On uvloop a foreign waiter may have been faster after we had looked, and then nobody tells.
-            await asyncio.wait({self._collection.done}, timeout=min(pause, left))
+            await asyncio.wait({self._child.done}, timeout=min(pause, left))
             pause = min(pause * 2, PAUSES[-1])
             if self.exited.done() and self.pidfd is not None and not platform.is_uncollected(self.pidfd):
-                self._collection.was_collected()
+                self._child.was_collected()
 
     def close(self) -> None:
         """Close the descriptors. Idempotent; after it nothing is signalled, and an exit not seen yet is not told."""

@@ -123,7 +123,8 @@ async def _spawn(
     collection = Collection()
     started_ns = time.monotonic_ns()
     try:
-        check_one_start(command.stdin)
+        if not isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop):
+            check_one_start(command.stdin)
         await start_collected(
             argv,
             collection,

@@ -147,6 +147,7 @@ async def attempt(
     try:
         for rank in range(nprocs):
             await opened.start(rank)
+        await outputs.opened()
         yield opened
     finally:
         for rank in range(nprocs):

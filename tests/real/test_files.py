@@ -49,8 +49,8 @@ async def opened(path: Path | str, **options: object) -> AsyncIterator[Watched]:
     executor = Threads("test disk", 2)
     watched = Watched(path, executor, **options)
     try:
-        watched.sink.open()
         watched.sink.start()
+        assert await watched.sink.opened is None
         yield watched
         await watched.sink.finish()
     finally:

@@ -443,7 +443,7 @@ async def test_a_stopped_guard_is_replaced_when_it_reads_too_little(monkeypatch:
         async with asyncio.timeout(NET):
             while not lost:
                 for _ in range(100):
-                    mine.worker(0, os.getpid())
+                    mine.worker(0, os.getpid(), procfs.now_ticks())
                 await asyncio.sleep(0)
         await mine.release()
     assert os.getpid() not in guards().values()
@@ -463,6 +463,7 @@ async def test_a_pid_that_came_to_mean_another_is_not_hit() -> None:
         "    watched = await watch('odd', stop=StopPolicy(on_supervisor_death='kill'), journal='',\n"
         "                          on_lost=print, executor=ThreadPoolExecutor(1))\n"
         f"    watched.worker(0, {stranger.pid}, {started - 500})\n"
+        "    await asyncio.sleep(0.1)\n"
         "    os.kill(os.getpid(), 9)\n"
         "asyncio.run(main())\n"
     )

@@ -265,7 +265,7 @@ async def test_running_out_of_descriptors_at_any_point_leaves_nothing(few_descri
             await asyncio.wait_for(process.exited, NET)
             await process.reaped(NET)
             process.close()
-    assert refused >= 2
+        assert refused >= 1  # two are needed for the spawn itself
     assert started >= 2
     assert refused + started == 15
 
