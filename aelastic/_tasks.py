@@ -7,12 +7,16 @@ cancelled again and again. Neither policy nor I/O lives here.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Coroutine
+from contextlib import nullcontext
 from typing import Any, TypeVar, final
 
 import anyio
 
 T = TypeVar("T")
+BACKEND = "anyio._backends._asyncio"
+"""What a scope of anyio's needs. While nobody has loaded it none is entered, and loading it takes 14 ms of the loop."""
 
 
 @final
@@ -66,7 +70,7 @@ async def outlast(future: asyncio.Future[T], *, on_cancel: Callable[[], None] | 
         on_cancel()
     # anyio's shield holds off anyio's scopes (they would cancel us on every turn of the loop); a native cancel
     # goes through it, so it is caught and kept.
-    with anyio.CancelScope(shield=True):
+    with anyio.CancelScope(shield=True) if BACKEND in sys.modules else nullcontext():
         while not future.done():
             cancelled = await _until_done(future) or cancelled
     if cancelled is not None:

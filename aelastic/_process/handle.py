@@ -20,6 +20,7 @@ from .._child import procfs
 from .._exit import ExitStatus
 from .._results import ExitUsage
 from . import platform
+from .pace import Pace
 from .trampoline import Confirmation
 
 UNKNOWN = ExitStatus(None, None)
@@ -61,12 +62,13 @@ class Process:
         self._loop = asyncio.get_running_loop()
         self._child = child
         self._confirmation = confirmation
+        self._pace = Pace.of_running_loop()
         self._retry: asyncio.TimerHandle | None = None
         self.pid = child.pid
         self.pidfd = child.pidfd
         self.started_ns = started_ns
         self.exit_ns = 0
-        """Monotonic nanoseconds at which the end was seen; 0 before."""
+        """Monotonic nanoseconds at which the end was seen, maybe a little before it is told; 0 before."""
         self.usage = ExitUsage()
         """Known at the exit where the figures could be read before anybody collected the process."""
         self.exited: asyncio.Future[ExitStatus] = self._loop.create_future()
@@ -103,8 +105,10 @@ class Process:
     def _end_seen(self) -> None:
         if self.pidfd is None:
             return
+        self.exit_ns = self.exit_ns or time.monotonic_ns()
+        if not self._pace.admits():
+            return  # the reader is called again in the next turn
         self._loop.remove_reader(self.pidfd)
-        self.exit_ns = time.monotonic_ns()
         now, seconds = procfs.now_ticks(), cpu_seconds(self.pid)
         status = platform.peek_status(self.pidfd)
         if status is not None:
