@@ -3,16 +3,19 @@
 General layout. A file imports only from floors below its own:
 
     doors     __init__ (lazy)   worker (standard library only)   cli/
-    floor 5   _start, _context, _run, _signals    a run: attempt, outcome, result; the caller's handle on it
+    floor 5   _start, _context, _run, _signals    a run: from start to result; the caller's handle on it
+              _succession                         the attempts of a gang, or of a rank, one after the other
     floor 4   _gang                               one attempt: start all, watch all, stop all
     floor 3   _worker                             one incarnation of a rank: its process, its output, its end
-    floor 2   _process/ _logs/ _function/ _bus _guard _evidence _tasks _threads _limits      machines that touch the OS
-    floor 1   _spec _lifecycle _logs/ (plan, lines)                                  rules: no await, no clock
+    floor 2   _process/ _logs/ _function/ _bus _guard _evidence _tasks _threads _limits _contagion
+                                                  machines that touch the OS
+    floor 1   _spec _lifecycle _restart _logs/ (plan, lines)                         rules: no await, no clock
     floor 0   _std _exit _policies _failures _results _events                        words: values
     cellar    _child/                             what runs inside other processes; standard library only
 
 A byte goes `_worker` -> `_logs/pump` -> the file first, then `_logs/lines` -> console, filters, subscribers.
-An exit goes `_process` -> `_worker` (status, failure) -> `_gang` (outcome) -> `_run` (result).
+An exit goes `_process` -> `_worker` (status, failure) -> `_gang` (outcome) -> `_restart` (decision) -> `_succession`
+(next attempt) or `_run` (result).
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from ._events import GuardLost as GuardLost
     from ._events import OutputHeld as OutputHeld
     from ._events import OutputLost as OutputLost
+    from ._events import RestartScheduled as RestartScheduled
     from ._events import RunFinished as RunFinished
     from ._events import RunStarted as RunStarted
     from ._events import StopRequested as StopRequested
@@ -54,6 +58,8 @@ if TYPE_CHECKING:
     from ._logs import Lines as Lines
     from ._logs import LogsDest as LogsDest
     from ._logs import LogsSpecs as LogsSpecs
+    from ._policies import Backoff as Backoff
+    from ._policies import RestartPolicy as RestartPolicy
     from ._policies import Rotate as Rotate
     from ._policies import StopPolicy as StopPolicy
     from ._policies import WorkerOptions as WorkerOptions
@@ -72,13 +78,13 @@ _HOMES = {
     "_child.record": "ErrorHandler record",
     "_context": "MultiprocessContext PContext Starting SubprocessContext",
     "_events": (
-        "AttemptFinished AttemptStarted Event GuardLost OutputHeld OutputLost RunFinished RunStarted StopRequested"
-        " SurvivorsLeft WorkerExited WorkerFailed WorkerSignaled WorkerStarted WorkerUnkillable"
+        "AttemptFinished AttemptStarted Event GuardLost OutputHeld OutputLost RestartScheduled RunFinished RunStarted"
+        " StopRequested SurvivorsLeft WorkerExited WorkerFailed WorkerSignaled WorkerStarted WorkerUnkillable"
     ),
     "_exit": "ExitStatus",
     "_failures": "ChildFailedError LineNotSeen ProcessFailure RankMappingError SignalException StreamNotCaptured",
     "_logs": "DefaultLogsSpecs Lines LogsDest LogsSpecs",
-    "_policies": "Rotate StopPolicy WorkerOptions",
+    "_policies": "Backoff RestartPolicy Rotate StopPolicy WorkerOptions",
     "_results": "ExitUsage LineMatch LogLine RunProcsResult Survivor",
     "_signals": "forward_signals",
     "_start": "start_processes",

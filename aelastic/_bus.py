@@ -25,6 +25,7 @@ class Bus:
 
     def __init__(self, name: str, run_id: str) -> None:
         self.attempt = 0
+        """The highest that any event told."""
         self.closed = False
         self.journal: Callable[[Event], None] | None = None
         """Is given every event as it is numbered."""
@@ -34,16 +35,18 @@ class Bus:
         self._next_seq = 0
         self._waiting: set[asyncio.Future[None]] = set()
 
-    def publish(self, fact: Event) -> None:
+    def publish(self, fact: Event, *, attempt: int | None = None) -> None:
         """Number a fact, keep it and wake the readers; never blocks.
 
         Args:
             fact: with its own fields; place and time are filled in here.
+            attempt: to which it belongs; None means the highest.
         """
-        self.deliver(self.number(fact))
+        self.deliver(self.number(fact, attempt=attempt))
 
-    def number(self, fact: Event) -> Event:
+    def number(self, fact: Event, *, attempt: int | None = None) -> Event:
         """Give a fact its place and time, and write it to the journal; no reader sees it yet."""
+        self.attempt = max(self.attempt, attempt or 0)
         event = dataclasses.replace(
             fact,
             seq=self._next_seq,
@@ -51,7 +54,7 @@ class Bus:
             monotonic_ns=time.monotonic_ns(),
             name=self._name,
             run_id=self._run_id,
-            attempt=self.attempt,
+            attempt=self.attempt if attempt is None else attempt,
         )
         self._next_seq += 1
         if self.journal is not None:

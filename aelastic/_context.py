@@ -53,17 +53,17 @@ class PContext:
     @property
     def stdouts(self) -> dict[int, str]:
         """Paths by rank, of the current attempt; `""` where the stream has no file."""
-        return dict(self._run.dest.stdouts)
+        return self._run.stdouts
 
     @property
     def stderrs(self) -> dict[int, str]:
         """Paths by rank, of the current attempt; `""` where the stream has no file."""
-        return dict(self._run.dest.stderrs)
+        return self._run.stderrs
 
     @property
     def error_files(self) -> dict[int, str]:
         """Paths by rank, of the current attempt; `""` where error files are off."""
-        return dict(self._run.dest.error_files)
+        return self._run.error_files
 
     def pids(self) -> dict[int, int]:
         """Process ids by rank, of the ranks whose process is running."""

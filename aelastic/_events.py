@@ -87,10 +87,13 @@ class RunStarted(Event):
 @final
 @dataclass(frozen=True, kw_only=True)
 class AttemptStarted(Event):
-    """A launch of the whole gang begins."""
+    """A launch begins: of the whole gang, or of one rank that restarts by itself."""
+
+    rank: int | None = None
+    """Whose attempt it is, under `RestartPolicy(scope="rank")`; None for the gang's."""
 
     def sentence(self) -> str:
-        return f"attempt {self.attempt} begins"
+        return f"{_attempt_of(self.rank, self.attempt)} begins"
 
 
 @final
@@ -232,9 +235,31 @@ class AttemptFinished(Event):
     """Every rank of an attempt has ended."""
 
     succeeded: bool
+    rank: int | None = None
+    """As in `AttemptStarted`."""
 
     def sentence(self) -> str:
-        return f"attempt {self.attempt} {'succeeded' if self.succeeded else 'did not succeed'}"
+        return f"{_attempt_of(self.rank, self.attempt)} {'succeeded' if self.succeeded else 'did not succeed'}"
+
+
+def _attempt_of(rank: int | None, attempt: int) -> str:
+    return f"attempt {attempt}" if rank is None else f"attempt {attempt} of rank {rank}"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RestartScheduled(Event):
+    """Another attempt follows the one that has ended, unless a stop comes first."""
+
+    delay: float
+    """Seconds until then."""
+    reason: str
+    rank: int | None = None
+    """As in `AttemptStarted`."""
+
+    def sentence(self) -> str:
+        who = "" if self.rank is None else f"rank {self.rank} "
+        return f"{who}restarts in {self.delay:.3g} s as attempt {self.attempt + 1}: {self.reason}"
 
 
 @final
@@ -243,6 +268,9 @@ class RunFinished(Event):
     """The run is over; this is its last event."""
 
     succeeded: bool
+    gave_up: str = ""
+    """Why it was not started again, a sentence; `""` where no restart was asked for."""
 
     def sentence(self) -> str:
-        return "succeeded" if self.succeeded else "did not succeed"
+        why = f"; it was not restarted: {self.gave_up}" if self.gave_up else ""
+        return f"{'succeeded' if self.succeeded else 'did not succeed'}{why}"

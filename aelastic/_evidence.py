@@ -286,6 +286,21 @@ def build_failure(
     )
 
 
+def failure_of_start(rank: int, error: OSError) -> ProcessFailure:
+    """Make a failure of a start that did not succeed; its pid is 0, and it has no status."""
+    return ProcessFailure(
+        local_rank=rank,
+        pid=0,
+        exitcode=ExitStatus(None, None).returncode,
+        error_file="",
+        message=str(error),
+        timestamp=int(time.time()),
+        monotonic_ns=time.monotonic_ns(),
+        exception=error,
+        reason="start_failed",
+    )
+
+
 def _reason(status: ExitStatus | None, returned: Returned, report: ErrorReport | None, hint: str) -> Reason:
     if status is None:
         return "unkillable"

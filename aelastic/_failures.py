@@ -5,6 +5,7 @@ Values only: evidence is read elsewhere and handed in. Each exception builds its
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,6 +74,20 @@ class ProcessFailure:
         """The same number as `local_rank`."""
         return self.local_rank
 
+    @property
+    def retriable(self) -> bool | None:
+        """What its error file, else its exception, says about another attempt; None when they say nothing."""
+        message = self.error_file_data.get("message")
+        extra = message.get("extraInfo") if isinstance(message, dict) else None
+        places = (place for place in (extra, message, self.error_file_data) if isinstance(place, dict))
+        said = [*(place.get("retriable") for place in places), getattr(self.exception, "retriable", None)]
+        return next((answer for answer in said if isinstance(answer, bool)), None)
+
+    def abridged(self) -> ProcessFailure:
+        """The same without what takes room: the first line of its message, no tail, no data, no exception."""
+        first, *_ = [*self.message.splitlines(), ""]
+        return dataclasses.replace(self, message=first, tail=(), error_file_data={}, exception=None)
+
     def signal_name(self) -> str:
         """Name of the signal that killed it; `"<N/A>"` when none did (torch's word)."""
         return signal_name(-self.exitcode) if self.exitcode < 0 else "<N/A>"
@@ -83,6 +98,8 @@ class ProcessFailure:
 
     def describe(self) -> str:
         """One sentence: who, how it ended, after how long."""
+        if self.reason == "start_failed":
+            return f"rank {self.rank} {self._ending()}"
         return f"rank {self.rank} (pid {self.pid}) {self._ending()} after {_duration(self.seconds)}"
 
     def _ending(self) -> str:
@@ -119,6 +136,7 @@ class ChildFailedError(Exception):
     Args:
         name: the run's name.
         failures: by rank; may be empty when only survivors make it a failure.
+        gave_up: why it was not started again, a sentence; `""` where no restart was asked for.
     """
 
     def __init__(
@@ -128,15 +146,17 @@ class ChildFailedError(Exception):
         *,
         survivors: Sequence[Survivor] = (),
         victims: Collection[int] = (),
+        gave_up: str = "",
     ) -> None:
         self.name = name
+        self.gave_up = gave_up
         self.failures = dict(failures)
         self.survivors = tuple(survivors)
         self.victims = tuple(sorted(victims))
         super().__init__(self.format_msg())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild_child_failed, (self.name, self.failures, self.survivors, self.victims))
+        return (_rebuild_child_failed, (self.name, self.failures, self.survivors, self.victims, self.gave_up))
 
     def get_first_failure(self) -> tuple[int, ProcessFailure]:
         """Rank and failure of the root cause.
@@ -167,12 +187,18 @@ class ChildFailedError(Exception):
             yield f"Stopped because of it: rank {', '.join(map(str, self.victims))}"
         for survivor in self.survivors:
             yield f"Still alive: pid {survivor.pid} of rank {survivor.rank} ({survivor.command}): {survivor.why}"
+        if self.gave_up:
+            yield from _wrapped([f"Not restarted: {self.gave_up}"], indent="")
 
 
 def _rebuild_child_failed(
-    name: str, failures: dict[int, ProcessFailure], survivors: tuple[Survivor, ...], victims: tuple[int, ...]
+    name: str,
+    failures: dict[int, ProcessFailure],
+    survivors: tuple[Survivor, ...],
+    victims: tuple[int, ...],
+    gave_up: str,
 ) -> ChildFailedError:
-    return ChildFailedError(name, failures, survivors=survivors, victims=victims)
+    return ChildFailedError(name, failures, survivors=survivors, victims=victims, gave_up=gave_up)
 
 
 def _evidence(failure: ProcessFailure) -> Iterable[str]:

@@ -1,25 +1,27 @@
-"""One attempt: start all ranks, watch them, stop them, and say how it ended.
+"""One attempt: start all its ranks, watch them, stop them, and say how it ended.
 
 The gang owns who still runs and what failed first. It decides without awaiting, in `_judged` and `stop`; the workers
-do the rest.
+do the rest. Whether another attempt follows is decided above it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from signal import SIGKILL
 from typing import Any, final
 
 from ._bus import Bus
+from ._contagion import Contagion
 from ._events import AttemptFinished, AttemptStarted, OutputLost, StopRequested
-from ._evidence import OomKills, count_oom_kills
+from ._evidence import OomKills, count_oom_kills, failure_of_start
 from ._exit import ExitStatus
 from ._failures import ProcessFailure
-from ._function import Function
+from ._function import ForkServer, Function
 from ._guard import Watch
 from ._lifecycle import State, schedule
 from ._limits import check_descriptors, check_open
@@ -33,131 +35,77 @@ from ._std import Std
 from ._threads import Threads
 from ._worker import Cause, End, Worker
 
-_DESCRIPTORS = {Route.INHERIT: 0, Route.DISCARD: 1, Route.FILE: 1, Route.PIPE: 4}
-"""By route, what one stream of one rank has open: both ends of a pipe, the file and its index."""
-
-
-TRANSIENT_DESCRIPTORS = 20
-"""What one spawn has open while it is under way, a look at /proc beside it, the guard and the journal."""
-
-
-class StartAbandoned(Exception):
-    """The run was stopped before all its ranks had been started."""
-
-
-def check_limits(spec: RunSpec, plans: Plans) -> None:
-    """Raise unless a gang's descriptors are there: those it passes on are open, and there is room for its own.
-
-    Raises:
-        OSError: EBADF or EMFILE, naming the run and what is missing.
-    """
-    check_open(spec.options.pass_fds, spec.name)
-    streams = sum(_DESCRIPTORS[plan.route] for streams in plans.values() for plan in streams.values())
-    ranks = spec.nprocs * (2 if spec.is_command else 4)  # pidfds (ours and asyncio's) and pipes
-    check_descriptors(streams + ranks + TRANSIENT_DESCRIPTORS, spec.name)
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machines:
-    """What a run lends to its attempts."""
-
-    bus: Bus
-    tree: Tree
-    threads: Threads
-    """For /proc, evidence and pickles."""
-    disks: Threads
-    """For log files."""
-    hub: LineHub
-    console: Console
-    watch: Watch
-
-
-@final
-@dataclass(slots=True)
-class AttemptEnd:
-    """How an attempt ended; mappings by rank."""
-
-    return_values: dict[int, Any] = field(default_factory=dict)
-    failures: dict[int, ProcessFailure] = field(default_factory=dict)
-    exits: dict[int, ExitStatus] = field(default_factory=dict)
-    victims: dict[int, ExitStatus] = field(default_factory=dict)
-    survivors: tuple[Survivor, ...] = ()
-    lost_bytes: int = 0
-    pieces: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    closed: bool = False
-    """Whether the caller stopped it before it ended by itself."""
-
-    def add(self, end: End) -> None:
-        """Count one rank in."""
-        if end.status is not None:
-            self.exits[end.rank] = end.status
-            if end.stopped is Cause.FAILURE:
-                self.victims[end.rank] = end.status
-        if end.failure is not None:
-            self.failures[end.rank] = end.failure
-        elif end.stopped is None and isinstance(end.returned, Value):
-            self.return_values[end.rank] = end.returned.value
-        self.survivors += end.survivors
-
 
 @final
 class Gang:
-    """All ranks of one attempt."""
+    """All ranks of one attempt.
 
-    def __init__(
-        self,
-        spec: RunSpec,
-        dest: LogsDest,
-        plans: Plans,
-        envs: Mapping[int, dict[str, str]],
-        machines: Machines,
-    ) -> None:
+    Args:
+        ranks: which of the run's; all of them, or the one that restarts by itself.
+    """
+
+    def __init__(self, spec: RunSpec, ranks: Collection[int], terms: Terms, machines: Machines) -> None:
         self._loop = asyncio.get_running_loop()  # a stop may come while it doesn't run, as asyncio.run ends
         self.spec = spec
-        self.dest = dest
+        self.terms = terms
         self.workers: dict[int, Worker] = {}
-        self._plans = plans
-        self._envs = envs
+        self._ranks = tuple(ranks)
         self._machines = machines
+        self._publish = functools.partial(machines.bus.publish, attempt=terms.attempt)
         self._outputs: Outputs | None = None
         self._function: Function | None = None
         self._stopped: Cause | None = None
         self._steps: tuple[Step, ...] = spec.stop.steps
-        self._all_started = False
-        self._failed_early: list[Worker] = []
-        self._grace: asyncio.TimerHandle | None = None
+        self._contagion = Contagion(
+            # A rank that restarts by itself is no danger to the others before it is given up.
+            "continue" if spec.restarts_ranks else spec.stop.on_failure,
+            self._stop_for_failure,
+        )
+        self._starting = self._ranks[0]
+        self._unstarted: ProcessFailure | None = None
+        self._end: AttemptEnd | None = None
         self._error: BaseException | None = None
         self._oom_before: OomKills | None = None
+
+    @property
+    def rank(self) -> int | None:
+        """Whose attempt it is; None for all ranks together."""
+        return self._ranks[0] if self.spec.restarts_ranks else None
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing of it is left."""
+        return self._end is not None
 
     async def start(self) -> None:
         """Start every rank, or none.
 
         Raises:
-            OSError: of the errno's class, naming run and rank, if one can't be started.
+            OSError: of the errno's class, naming run and rank, if one can't be started; `ended` then tells of it too.
             StartAbandoned: if `stop` was called meanwhile.
         """
-        self._machines.bus.publish(AttemptStarted())
+        self._publish(AttemptStarted(rank=self.rank))
         processes: dict[int, Process] = {}
         try:
             await self._start_all(processes)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError):
+                self._unstarted = failure_of_start(self._starting, error)
             await self._take_down(processes)
             raise
-        self._all_started = True
-        for worker in self._failed_early:
-            self._failure_seen(worker)
+        self._contagion.all_started()
 
     async def _start_all(self, processes: dict[int, Process]) -> None:
         await self._prepare()
-        for rank in range(self.spec.nprocs):
-            self._raise_if_stopped()
+        for rank in self._ranks:
+            self._starting = rank
             processes[rank] = process = await self._launch(rank)
             self._machines.tree.add(rank, process)
             self._machines.watch.worker(rank, process.pid, process.held_ticks)
             self._opened.started(rank)
         await self._opened.opened()
         for rank, process in processes.items():
+            self._starting = rank
             await process.confirmed()
             self.workers[rank] = self._employ(rank, process)
         self._raise_if_stopped()
@@ -171,7 +119,8 @@ class Gang:
     def _look_up(self, program: str) -> None:
         """Raise unless every rank finds the program, which is looked for once along each PATH."""
         paths: set[str | None] = set()
-        for rank, env in self._envs.items():
+        for rank in self._ranks:
+            env, self._starting = self.terms.envs[rank], rank
             if env.get("PATH") not in paths:
                 resolve(program, env, self._cwd, who=self.spec.who(rank))
                 paths.add(env.get("PATH"))
@@ -187,11 +136,11 @@ class Gang:
         if isinstance(spec.entrypoint, str):
             self._look_up(spec.entrypoint)
         else:
-            self._function = await Function.prepare(spec, machines.threads)
+            self._function = await Function.prepare(spec, self._ranks, machines.threads, machines.server)
         self._outputs = await Outputs.open(
-            self._plans,
+            {rank: self.terms.plans[rank] for rank in self._ranks},
             name=spec.name,
-            attempt=machines.bus.attempt,
+            attempt=self.terms.attempt,
             prefixes=spec.prefixes,
             filters=spec.filters,
             executor=machines.disks,
@@ -199,7 +148,7 @@ class Gang:
             hub=machines.hub,
             on_lost=self._output_lost,
             on_broken=self._broken,
-            buffer_bytes=self.dest.buffer_bytes,
+            buffer_bytes=self.terms.dest.buffer_bytes,
         )
 
     @property
@@ -213,7 +162,7 @@ class Gang:
         with self._stdin(rank) as stdin:
             command = Command(
                 argv=(str(spec.entrypoint), *spec.args[rank]) if spec.is_command else (),
-                env=self._envs[rank],
+                env=self.terms.envs[rank],
                 cwd=self._cwd,
                 stdin=stdin,
                 stdout=stdout,
@@ -223,7 +172,9 @@ class Gang:
                 rank=rank,
                 who=spec.who(rank),
             )
-            return await (launch(command) if self._function is None else self._function.launch(rank, command))
+            async with self._machines.starts:
+                self._raise_if_stopped()
+                return await (launch(command) if self._function is None else self._function.launch(rank, command))
 
     @contextmanager
     def _stdin(self, rank: int) -> Iterator[int]:
@@ -252,9 +203,9 @@ class Gang:
             policy=self.spec.stop,
             threads=machines.threads,
             oom_before=self._oom_before,
-            error_file=self.dest.error_files.get(rank, ""),
+            error_file=self.terms.dest.error_files.get(rank, ""),
             returned=None if self._function is None else self._function.returned[rank],
-            publish=machines.bus.publish,
+            publish=self._publish,
             judge=self._judged,
         )
         worker.ended.add_done_callback(self._supervised)
@@ -268,7 +219,7 @@ class Gang:
         """Undo a half start: everything that was launched is gone on return, or reported."""
         for rank in processes.keys() - self.workers.keys():
             self.workers[rank] = self._employ(rank, processes[rank])
-        self._stop_all(self._stopped or Cause.FAILURE, "the start did not succeed")
+        self._stop_for_failure("the start did not succeed")
         await self.ended()
 
     def pids(self) -> dict[int, int]:
@@ -276,50 +227,44 @@ class Gang:
         running = (State.RUNNING, State.STOPPING)
         return {rank: worker.pid for rank, worker in self.workers.items() if worker.state in running}
 
-    def stop(self, steps: tuple[Step, ...] | None, why: str) -> None:
-        """Stop all ranks for the caller.
+    def stop(self, steps: tuple[Step, ...] | None, why: str, cause: Cause) -> bool:
+        """Stop all ranks; who asks publishes `StopRequested`.
 
         Args:
             steps: replace the steps that are left; None takes the policy's, or leaves a stop under way as it is.
+            cause: what it makes of those who still run; a stop under way keeps its own.
+
+        Returns:
+            False when a stop under way goes on as it was.
         """
-        if self._stopped is None or steps is not None:
-            self._steps = steps or self._steps
-            self._stop_all(self._stopped or Cause.CALLER, why)
+        if self._stopped is not None and steps is None:
+            return False
+        self._steps = steps or self._steps
+        self._stop_all(self._stopped or cause, why)
+        return True
+
+    def _stop_for_failure(self, why: str) -> None:
+        self._publish(StopRequested(reason=why))
+        self._stop_all(self._stopped or Cause.FAILURE, why)
 
     def _stop_all(self, cause: Cause, why: str) -> None:
         self._stopped = cause
-        if self._grace is not None:
-            self._grace.cancel()
+        self._contagion.end()
         if self._outputs is not None:
             self._outputs.release()  # no reader holds a worker back any more
-        self._machines.bus.publish(StopRequested(reason=why))
         dues = schedule(self._steps, self._loop.time())
         for worker in self.workers.values():
             worker.stop(dues, cause, why)
 
     def _judged(self, worker: Worker, *, failed: bool) -> None:
         """Decide what an exit means for the others."""
-        if not failed or self._stopped is not None:
-            return
-        if self._all_started:
-            self._failure_seen(worker)
-        else:
-            self._failed_early.append(worker)
-
-    def _failure_seen(self, worker: Worker) -> None:
-        why = f"rank {worker.rank} (pid {worker.pid}) failed"
-        on_failure = self.spec.stop.on_failure
-        if self._stopped is not None or self._grace is not None or on_failure == "continue":
-            return
-        if isinstance(on_failure, float):
-            self._grace = self._loop.call_later(on_failure, self._stop_all, Cause.FAILURE, why)
-        else:
-            self._stop_all(Cause.FAILURE, why)
+        if failed:
+            self._contagion.failed(f"rank {worker.rank} (pid {worker.pid}) failed")
 
     def _broken(self, error: BaseException) -> None:
         """A machine of ours failed: the run must fail aloud, after everything was taken down."""
         self._error = self._error or error
-        self._stop_all(self._stopped or Cause.FAILURE, f"its output could not be supervised: {error!r}")
+        self._stop_for_failure(f"its output could not be supervised: {error!r}")
 
     async def _kill_unsupervised(self) -> None:
         """End what a worker whose supervision broke has left: nobody takes its steps any more."""
@@ -330,27 +275,32 @@ class Gang:
                 await self._machines.tree.press(worker.rank, SIGKILL, until, hurry=never, on_hit=lambda *_: None)
 
     def _output_lost(self, rank: int, std: Std, lost_bytes: int, reason: str) -> None:
-        self._machines.bus.publish(OutputLost(rank=rank, std=std, lost_bytes=lost_bytes, reason=reason))
+        self._publish(OutputLost(rank=rank, std=std, lost_bytes=lost_bytes, reason=reason))
 
     async def ended(self) -> AttemptEnd:
-        """Wait until every rank has ended and every file is closed."""
-        attempt = AttemptEnd(closed=False)
+        """Wait until every rank has ended and every file is closed. Not for two tasks at once."""
+        if self._end is None:
+            self._end = await self._make_end()
+            self._publish(AttemptFinished(succeeded=self._end.succeeded, rank=self.rank))
+        return self._end
+
+    async def _make_end(self) -> AttemptEnd:
+        end = AttemptEnd()
         if self.workers:
             await asyncio.wait([worker.ended for worker in self.workers.values()])
         if self._error is not None:
             await self._kill_unsupervised()
-        if self._grace is not None:
-            self._grace.cancel()
+        self._contagion.end()
         if self._function is not None:
             await self._function.close()
         if self._outputs is not None:
             await self._outputs.close()
-            attempt.lost_bytes, attempt.pieces = self._outputs.lost_bytes, self._outputs.pieces
+            end.lost_bytes, end.pieces = self._outputs.lost_bytes, self._outputs.pieces
         if self._error is not None:
             raise self._error
         for worker in self.workers.values():
-            attempt.add(worker.ended.result())
-        attempt.closed = self._stopped is Cause.CALLER
-        failed = bool(attempt.failures or attempt.survivors)
-        self._machines.bus.publish(AttemptFinished(succeeded=not failed and not attempt.closed))
-        return attempt
+            end.add(worker.ended.result())
+        if self._unstarted is not None:
+            end.failures[self._unstarted.rank] = self._unstarted
+        end.closed = self._stopped is Cause.CALLER
+        return end

@@ -1,6 +1,6 @@
 """What a caller may choose about workers and their end: frozen values that check themselves.
 
-A policy is data; `_gang` and `_process` act on it.
+A policy is data; `_restart` decides by it, `_gang` and `_process` act on it.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, final
 
 from ._exit import signal_name
+from ._failures import ProcessFailure
 
 Containment = Literal["auto", "session", "cgroup"]
 Step = tuple[int, float]
@@ -265,3 +266,96 @@ def check_steps(steps: object) -> tuple[Step, ...]:
     if not checked or checked[-1][0] != signal.SIGKILL:
         raise ValueError("StopPolicy.steps must end with SIGKILL, which no process can ignore")
     return tuple(checked)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backoff:
+    """How long a restart waits: longer after each one, until what was restarted has kept up for a while.
+
+    Raises:
+        TypeError: if a field is no number.
+        ValueError: if a value can't be meant.
+
+    Example:
+        >>> Backoff(initial=0.0).maximum  # restarts at once, every time
+        30.0
+    """
+
+    initial: float = 0.5
+    """Seconds before the first restart. Default 0.5."""
+    factor: float = 2.0
+    """What each further delay is multiplied with, 1 or more. Default 2."""
+    maximum: float = 30.0
+    """Seconds that no delay exceeds. Default 30."""
+    jitter: float = 0.1
+    """The part of each delay, 0 to 1, of which a random share is left out, so that what failed together doesn't come
+    back together. Default 0.1: a delay of 10 s becomes 9 to 10 s."""
+    reset_after: float = 60.0
+    """After so many seconds without failure the next delay is the first again. Default 60."""
+
+    def __post_init__(self) -> None:
+        for what in ("initial", "factor", "maximum", "jitter", "reset_after"):
+            object.__setattr__(self, what, check_seconds(f"Backoff.{what}", getattr(self, what)))
+        if self.factor < 1 or math.isinf(self.factor):
+            raise ValueError(f"Backoff.factor must be 1 or more, not {self.factor:g}: delays don't become shorter")
+        if math.isinf(self.maximum) or self.maximum < self.initial:
+            raise ValueError(
+                f"Backoff.maximum must be a number of seconds, and no less than initial={self.initial:g},"
+                f" not {self.maximum:g}"
+            )
+        if self.jitter > 1:
+            raise ValueError(f"Backoff.jitter must be a part from 0 to 1, not {self.jitter:g}")
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestartPolicy:
+    """Whether, how often and how soon what has ended is started again.
+
+    When the budget is spent, the result is that of the last attempt. A start that fails (the command is gone, there
+    can be no further process) spends the budget like a failure, the first start included: `start_processes` then
+    raises the error of the last one.
+
+    Raises:
+        TypeError: if a field has the wrong type.
+        ValueError: if a value can't be meant.
+
+    Example:
+        >>> daemon = RestartPolicy(max_restarts=5, window=60.0, scope="rank", when="always")
+        >>> daemon.backoff.initial
+        0.5
+    """
+
+    max_restarts: int = 0
+    """How many restarts there may be: of the gang, or with `scope="rank"` of each rank. Default 0."""
+    window: float | None = None
+    """Seconds in which they are counted, a sliding window; None (default) counts them for ever."""
+    scope: Literal["gang", "rank"] = "gang"
+    """What is restarted: `"gang"` (default) all ranks together, after all have ended (OTP's one_for_all); `"rank"` the
+    one that ended, the others untouched (one_for_one), with budget, window and backoff of each rank's own."""
+    when: Literal["failure", "always"] = "failure"
+    """`"failure"` (default), or `"always"`: after a success too; a gang then restarts when all its ranks have ended."""
+    backoff: Backoff = field(default_factory=Backoff)
+    """How long each restart waits. Default: 0.5 s, doubled up to 30 s, as new after 60 s without failure."""
+    retriable: Callable[[ProcessFailure], bool] | None = None
+    """Says of each failure whether another attempt may help; one that may not ends the run. None (default): all may.
+    An error file that says `"retriable": false` has the last word."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_restarts, bool) or not isinstance(self.max_restarts, int):
+            raise TypeError(f"RestartPolicy.max_restarts must be a whole number, not {self.max_restarts!r}")
+        if self.max_restarts < 0:
+            raise ValueError(f"RestartPolicy.max_restarts must be 0 or more, not {self.max_restarts}")
+        if self.window is not None:
+            object.__setattr__(self, "window", check_seconds("RestartPolicy.window", self.window))
+            if self.window == 0:
+                raise ValueError("RestartPolicy.window must be longer than 0 seconds, or no restart would ever count")
+        if self.scope not in ("gang", "rank"):
+            raise ValueError(f"RestartPolicy.scope must be 'gang' or 'rank', not {self.scope!r}")
+        if self.when not in ("failure", "always"):
+            raise ValueError(f"RestartPolicy.when must be 'failure' or 'always', not {self.when!r}")
+        if not isinstance(self.backoff, Backoff):
+            raise TypeError(f"RestartPolicy.backoff must be a Backoff, not {self.backoff!r}")
+        if self.retriable is not None and not callable(self.retriable):
+            raise TypeError(f"RestartPolicy.retriable must be a function of a failure, not {self.retriable!r}")

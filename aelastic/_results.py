@@ -116,8 +116,12 @@ class RunProcsResult:
     """By rank, of those that were stopped because another rank failed."""
     survivors: tuple[Survivor, ...] = ()
     attempts: int = 1
+    """How many there were; with `RestartPolicy(scope="rank")` those of the rank that had the most."""
     history: tuple[dict[int, ProcessFailure], ...] = ()
-    """The failures of every attempt, the last one included."""
+    """By attempt, the last one included: its failures by rank. Those older than the newest 100 attempts of what
+    restarts together keep the first line of their message, and neither tail nor error file data."""
+    gave_up: str = ""
+    """Why it was not started again, a sentence; `""` where no restart was asked for."""
     lost_bytes: int = 0
     """Bytes of output that could not be written to files."""
     pieces: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -140,4 +144,6 @@ class RunProcsResult:
         """
         if self.is_failed():
             cause = self.root_cause.exception if self.root_cause else None
-            raise ChildFailedError(name, self.failures, survivors=self.survivors, victims=self.victims) from cause
+            raise ChildFailedError(
+                name, self.failures, survivors=self.survivors, victims=self.victims, gave_up=self.gave_up
+            ) from cause

@@ -1,22 +1,25 @@
-"""A run from start to result: opens the machines, makes the attempt, draws the conclusion.
+"""A run from start to result: opens the machines, lets its gang or its ranks follow one another, draws the conclusion.
 
-The run owns the attempt number and everything that lives as long as it does. Its task is a service: whoever is
-cancelled, the run comes to its end, and its result is there after everything of it is gone.
+The run owns everything that lives as long as it does. Its task is a service: whoever is cancelled, the run comes to
+its end, and its result is there after everything of it is gone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import secrets
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AsyncExitStack
-from typing import final
+from typing import Any, TypeVar, final
 
 from ._bus import Bus
-from ._events import Event, GuardLost, RunFinished, RunStarted
-from ._gang import AttemptEnd, Gang, Machines, check_limits
+from ._contagion import Contagion
+from ._events import Event, GuardLost, RunFinished, RunStarted, StopRequested
+from ._function import ForkServer
+from ._gang import Machines, StartAbandoned, Terms, check_limits
 from ._guard import watch
 from ._lifecycle import outcome
 from ._logs import Console, InheritLogsSpecs, Journal, LineHub, LogsDest, LogsSpecs, Plans, Route, plan
@@ -24,9 +27,13 @@ from ._policies import Step
 from ._process import Tree
 from ._results import RunProcsResult
 from ._spec import RunSpec, worker_environments
+from ._succession import Succession
 from ._tasks import ServiceTask, service
 from ._threads import Threads
+from ._worker import Cause, Worker
 
+K = TypeVar("K")
+V = TypeVar("V")
 PROBES = 2
 """Threads of a run for /proc, evidence and pickles."""
 DISKS = 4
@@ -49,29 +56,53 @@ class Run:
         self.run_id = secrets.token_hex(8)
         self.bus = Bus(spec.name, self.run_id)
         self.hub = LineHub(spec.name)
-        self.gang: Gang | None = None
-        self.dest = LogsDest()
+        self.log_dir = ""
+        """Directory of the run; `""` when logs are off."""
         self.result: RunProcsResult | None = None
         self.started: asyncio.Future[None] = loop.create_future()
         self.finished: asyncio.Future[RunProcsResult] = loop.create_future()
         self._logs = logs or InheritLogsSpecs()
         self._with_journal = journal
+        self._host = dict(os.environ)
+        self._disks = Threads(f"aelastic {spec.name} disk", DISKS)
+        self._successions: tuple[Succession, ...] = ()
+        self._contagion = Contagion(spec.stop.on_failure, self._stop_for_failure)
         self._stop: tuple[tuple[Step, ...] | None, str] | None = None
+        self._error: BaseException | None = None
         self._task: ServiceTask[None] | None = None
         self._last: Event | None = None
 
     @property
-    def log_dir(self) -> str:
-        """Directory of the run; `""` when logs are off."""
-        return self.dest.run_dir
+    def workers(self) -> dict[int, Worker]:
+        """By rank, the newest incarnations; a rank that is only being started is left out."""
+        return {rank: worker for each in self._successions for rank, worker in each.workers.items()}
+
+    @property
+    def stdouts(self) -> dict[int, str]:
+        """By rank, files of the newest incarnations; `""` where the stream has none."""
+        return self._newest(lambda dest: dest.stdouts)
+
+    @property
+    def stderrs(self) -> dict[int, str]:
+        """As `stdouts`."""
+        return self._newest(lambda dest: dest.stderrs)
+
+    @property
+    def error_files(self) -> dict[int, str]:
+        """As `stdouts`."""
+        return self._newest(lambda dest: dest.error_files)
+
+    def _newest(self, paths: Callable[[LogsDest], Mapping[int, str]]) -> dict[int, str]:
+        settled = [(each.ranks, paths(each.terms.dest)) for each in self._successions]
+        return {rank: path for ranks, found in settled for rank, path in found.items() if rank in ranks}
 
     def pids(self) -> dict[int, int]:
         """By rank, of the workers whose process is running."""
-        return {} if self.gang is None else self.gang.pids()
+        return {rank: pid for each in self._successions for rank, pid in each.pids().items()}
 
     def send_signal(self, sig: int, ranks: Collection[int]) -> None:
         """Signal the process groups of these ranks."""
-        for worker in () if self.gang is None else map(self.gang.workers.get, ranks):
+        for worker in map(self.workers.get, ranks):
             if worker is not None:
                 worker.send_signal(sig, "its caller asked")
 
@@ -83,11 +114,16 @@ class Run:
         self.stop(None, "the event loop is ending")
 
     def stop(self, steps: tuple[Step, ...] | None, why: str) -> None:
-        """Stop the gang, also one that is only being started; see `Gang.stop`."""
+        """Stop all of it, also what is only being started or about to be started again; see `Gang.stop`."""
         if self._stop is None or steps is not None:
             self._stop = (steps, why)
-        if self.gang is not None and not self.finished.done():
-            self.gang.stop(steps, why)
+        self._stop_all(steps, why, Cause.CALLER)
+
+    def _stop_all(self, steps: tuple[Step, ...] | None, why: str, cause: Cause) -> None:
+        self._contagion.end()
+        changed = [succession.stop(steps, why, cause) for succession in self._successions]
+        if any(changed):
+            self.bus.publish(StopRequested(reason=why))
 
     async def _supervise(self) -> None:
         try:
@@ -119,38 +155,55 @@ class Run:
         """Open what the run needs, in the order in which it depends on each other, and run it."""
         threads = Threads(f"aelastic {self.spec.name} probe", PROBES)
         stack.callback(threads.close)
-        disks = Threads(f"aelastic {self.spec.name} disk", DISKS)
-        stack.callback(disks.close)
-        envs = worker_environments(self.spec, os.environ, self.run_id, attempt=0)
-        plans = await self._settle_output(stack, envs, disks)
-        check_limits(self.spec, plans)
-        await self._open_journal(stack, disks)
+        stack.callback(self._disks.close)
+        if isinstance(self._logs, InheritLogsSpecs):
+            stack.push_async_callback(self._on_disk, self._logs.remove)
+        terms = await self._settle(0)
+        check_limits(self.spec, terms.plans)
+        self.log_dir = terms.dest.run_dir
+        await self._open_journal(stack, terms.dest.journal)
         tree = Tree(self.run_id, threads)
         stack.callback(tree.close)
         watched = await watch(
-            self.run_id, stop=self.spec.stop, journal=self.dest.journal, on_lost=self._guard_lost, executor=threads
+            self.run_id, stop=self.spec.stop, journal=terms.dest.journal, on_lost=self._guard_lost, executor=threads
         )
         stack.push_async_callback(watched.release)
+        server = ForkServer(self.spec.name, self.spec.options)
+        stack.push_async_callback(server.close)
         console = Console()
         stack.callback(console.close)
         stack.push_async_callback(console.settled, self.spec.stop.drain)
-        machines = Machines(
-            bus=self.bus, tree=tree, threads=threads, disks=disks, hub=self.hub, console=console, watch=watched
+        return await self._see_through(
+            terms,
+            Machines(
+                bus=self.bus,
+                tree=tree,
+                threads=threads,
+                disks=self._disks,
+                hub=self.hub,
+                console=console,
+                watch=watched,
+                server=server,
+                starts=asyncio.Lock(),
+            ),
         )
-        return await self._attempt(Gang(self.spec, self.dest, plans, envs, machines))
 
-    async def _settle_output(self, stack: AsyncExitStack, envs: dict[int, dict[str, str]], disks: Threads) -> Plans:
-        """Ask the specs where output goes; tell the workers where their error files are."""
-        loop = asyncio.get_running_loop()
-        if isinstance(self._logs, InheritLogsSpecs):
-            stack.push_async_callback(loop.run_in_executor, disks, self._logs.remove)
-        self.dest = await loop.run_in_executor(disks, self._logs.reify, envs)
-        for rank, path in self.dest.error_files.items():
+    async def _on_disk(self, work: Callable[..., V], *args: Any) -> V:
+        return await asyncio.get_running_loop().run_in_executor(self._disks, work, *args)
+
+    async def _settle(self, attempt: int) -> Terms:
+        """Settle what an attempt is started with: environments, and where output goes."""
+        return await self._on_disk(self._settled, attempt)
+
+    def _settled(self, attempt: int) -> Terms:
+        envs = worker_environments(self.spec, self._host, self.run_id, attempt)
+        dest = self._logs.reify(envs)
+        for rank, path in dest.error_files.items():
             if path:
                 envs[rank] |= {"AELASTIC_ERROR_FILE": path, "TORCHELASTIC_ERROR_FILE": path}
-        plans = plan(self.dest, self.spec.nprocs, self.spec.filters)
+        plans = plan(dest, self.spec.nprocs, self.spec.filters)
         self._refuse_pipes_to_keep(plans)
-        return plans
+        return Terms(attempt=attempt, envs=envs, dest=dest, plans=plans)
 
     def _refuse_pipes_to_keep(self, plans: Plans) -> None:
         piped = [rank for rank, streams in plans.items() if any(s.route is Route.PIPE for s in streams.values())]
@@ -161,43 +214,96 @@ class Run:
                 " redirect it to a file without tee, capture, rotation or filters"
             )
 
-    async def _open_journal(self, stack: AsyncExitStack, disks: Threads) -> None:
-        if not (self._with_journal and self.dest.journal):
+    async def _open_journal(self, stack: AsyncExitStack, path: str) -> None:
+        if not (self._with_journal and path):
             return
-        journal = await Journal.open(self.dest.journal, executor=disks)
+        journal = await Journal.open(path, executor=self._disks)
         stack.push_async_callback(journal.close)
         self.bus.journal = lambda event: journal.append(json.dumps(event.to_dict()).encode() + b"\n")
 
     def _guard_lost(self, pid: int, reason: str) -> None:
         self.bus.publish(GuardLost(pid=pid, reason=reason))
 
-    async def _attempt(self, gang: Gang) -> RunProcsResult:
+    async def _see_through(self, terms: Terms, machines: Machines) -> RunProcsResult:
+        """Let the attempts be made, from the first to the last, and say how they ended."""
         self.bus.publish(RunStarted(nprocs=self.spec.nprocs, containment="session", log_dir=self.log_dir))
-        succeeded = False
+        everybody = range(self.spec.nprocs)
+        groups = [(rank,) for rank in everybody] if self.spec.restarts_ranks else [tuple(everybody)]
+        self._successions = tuple(Succession(self.spec, ranks, terms, self._settle, machines) for ranks in groups)
+        gave_up, succeeded = "", False
         try:
-            self.gang = gang
-            if self._stop is not None:
-                gang.stop(*self._stop)
-            await gang.start()
-            self.started.set_result(None)
-            result = self._conclude(gang, await gang.ended())
-            succeeded = result.outcome == "succeeded"
+            await self._live()
+            result = self._conclude()
+            gave_up, succeeded = result.gave_up, result.outcome == "succeeded"
         finally:
-            self._last = self.bus.number(RunFinished(succeeded=succeeded))
+            self._last = self.bus.number(RunFinished(succeeded=succeeded, gave_up=gave_up))
         return result
 
-    def _conclude(self, gang: Gang, end: AttemptEnd) -> RunProcsResult:
+    async def _live(self) -> None:
+        lives: list[ServiceTask[None]] = []
+        try:
+            for succession in self._successions:
+                self._raise_if_ended()
+                lives.append(service(self._follow(succession), name=f"attempts of {self.spec.name}"))
+                await asyncio.wait({succession.started})
+                succession.started.result()
+            self._contagion.all_started()
+            self.started.set_result(None)
+        except BaseException as error:
+            self._stop_for_failure(f"the start did not succeed: {error}")
+            raise
+        finally:
+            if lives:
+                await asyncio.wait(lives)
+            self._contagion.end()
+        if self._error is not None:
+            raise self._error
+
+    def _raise_if_ended(self) -> None:
+        if self._stop is not None or self._error is not None:
+            raise self._error or StartAbandoned(f"{self.spec.name} was stopped while it was being started")
+
+    async def _follow(self, succession: Succession) -> None:
+        """Let one succession live, and tell the others when it has failed for good."""
+        try:
+            await succession.live()
+        except BaseException as error:  # noqa: BLE001  # a bug, ours or of a `retriable`: raised when all have ended
+            self._error = self._error or error
+            self._stop_for_failure(f"it could not be supervised: {error!r}")
+        else:
+            if succession.failed:
+                self._contagion.failed(f"rank {', '.join(map(str, succession.end.failures))} failed for good")
+
+    def _stop_for_failure(self, why: str) -> None:
+        self._stop_all(None, why, Cause.FAILURE)
+
+    def _conclude(self) -> RunProcsResult:
+        """Put together how everything ended."""
+        each = self._successions
+        ends = [one.end for one in each]
+        cut_short = any(one.end.closed or one.cut_short for one in each)
+        survivors = tuple(left for end in ends for left in end.survivors)
         return RunProcsResult(
-            return_values=end.return_values,
-            failures=end.failures,
-            stdouts=dict(gang.dest.stdouts),
-            stderrs=dict(gang.dest.stderrs),
-            outcome=outcome(failed=bool(end.failures), survived=bool(end.survivors), closed=end.closed),
-            exits=end.exits,
-            victims=end.victims,
-            survivors=end.survivors,
-            attempts=1,
-            history=(end.failures,),
-            lost_bytes=end.lost_bytes,
-            pieces=end.pieces,
+            return_values=union(end.return_values for end in ends),
+            failures=union(end.failures for end in ends),
+            stdouts=self.stdouts,
+            stderrs=self.stderrs,
+            outcome=outcome(
+                failed=any(one.failed for one in each),
+                survived=bool(survivors),
+                closed=self._stop is not None and cut_short,
+            ),
+            exits=union(end.exits for end in ends),
+            victims=union(end.victims for end in ends),
+            survivors=survivors,
+            attempts=max(len(one.history) for one in each),
+            history=tuple(map(union, itertools.zip_longest(*(one.history for one in each), fillvalue={}))),
+            gave_up="; ".join(filter(None, (one.gave_up for one in each))),
+            lost_bytes=sum(one.lost_bytes for one in each),
+            pieces=union(one.pieces for one in each),
         )
+
+
+def union(mappings: Iterable[Mapping[K, V]]) -> dict[K, V]:
+    """One mapping of several, each with keys of its own."""
+    return {key: value for mapping in mappings for key, value in mapping.items()}

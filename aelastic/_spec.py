@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeVar, final, get_args
 
 from ._failures import RankMappingError
-from ._policies import StopPolicy, WorkerOptions
+from ._policies import RestartPolicy, StopPolicy, WorkerOptions
 from ._std import Std
 
 StartMethod = Literal["spawn", "fork", "forkserver"]
@@ -42,6 +42,7 @@ class RunSpec:
     start_method: StartMethod
     options: WorkerOptions
     stop: StopPolicy
+    restart: RestartPolicy
 
     @property
     def nprocs(self) -> int:
@@ -52,6 +53,11 @@ class RunSpec:
     def is_command(self) -> bool:
         """Whether the ranks run a command rather than a function."""
         return isinstance(self.entrypoint, str)
+
+    @property
+    def restarts_ranks(self) -> bool:
+        """Whether each rank restarts by itself."""
+        return self.restart.scope == "rank"
 
     def who(self, rank: int) -> str:
         """The run and rank as error texts name them."""
@@ -85,6 +91,7 @@ def check(
     duplicate_stderr_filters: Sequence[str] | None,
     options: WorkerOptions | None,
     stop: StopPolicy | None,
+    restart: RestartPolicy | None = None,
 ) -> RunSpec:
     """Check everything that can be checked without touching the system.
 
@@ -117,6 +124,7 @@ def check(
         start_method=start_method,  # type: ignore[arg-type]  # get_args() above is the check
         options=checked_options,
         stop=_instance(name, "stop", stop, StopPolicy),
+        restart=_instance(name, "restart", restart, RestartPolicy),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ._context import Starting
 from ._logs import LogsSpecs
-from ._policies import StopPolicy, WorkerOptions
+from ._policies import RestartPolicy, StopPolicy, WorkerOptions
 from ._run import Run
 from ._spec import StartMethod, check
 
@@ -26,6 +26,7 @@ def start_processes(
     duplicate_stderr_filters: Sequence[str] | None = None,
     options: WorkerOptions | None = None,
     stop: StopPolicy | None = None,
+    restart: RestartPolicy | None = None,
     journal: bool = True,
 ) -> Starting:
     """Start `n` copies of a command or a function, one for each key of `args`, and supervise them in this loop.
@@ -47,6 +48,7 @@ def start_processes(
         duplicate_stderr_filters: the same for stderr.
         options: what is in force in every worker before its first instruction.
         stop: how workers are stopped.
+        restart: whether, how often and how soon what has ended is started again; None never does.
         journal: whether the run's directory gets an `events.jsonl`.
 
     Returns:
@@ -56,7 +58,8 @@ def start_processes(
         RankMappingError: (in the await, like all below, before anything was started) if a mapping has wrong ranks.
         TypeError: if something has the wrong type.
         ValueError: if a value can't be meant, or a string holds a NUL byte.
-        OSError: of the errno's own class, naming run and rank, if one can't be started; the others are gone then.
+        OSError: of the errno's own class, naming run and rank, if one can't be started, and no restart is left for it;
+            the others are gone then.
 
     Cancellation: what was started is taken down first.
 
@@ -85,6 +88,7 @@ def start_processes(
             duplicate_stderr_filters=duplicate_stderr_filters,
             options=options,
             stop=stop,
+            restart=restart,
         )
         if logs_specs is not None and not isinstance(logs_specs, LogsSpecs):
             raise TypeError(f"{name}: logs_specs must be a LogsSpecs such as DefaultLogsSpecs(), not {logs_specs!r}")

@@ -9,9 +9,11 @@ from __future__ import annotations
 from aelastic._returned import NO_RESULT, NoResult, Raised, RemoteTraceback, Returned, Torn, Unloadable, Value
 
 from .function import Function
+from .server import ForkServer
 
 __all__ = [
     "NO_RESULT",
+    "ForkServer",
     "Function",
     "NoResult",
     "Raised",

@@ -6,8 +6,7 @@ import asyncio
 import dataclasses
 import pickle
 import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any, final
 
@@ -33,26 +32,33 @@ class Function:
         payloads: by rank, owned from here on; none for `fork`.
         program: the interpreter and its flags, without the script.
         threads: where workers are forked.
+        server: of the run; started when it is needed.
     """
 
     def __init__(
-        self, spec: RunSpec, payloads: dict[int, Payload], program: tuple[str, ...], threads: Executor
+        self,
+        spec: RunSpec,
+        ranks: Collection[int],
+        payloads: dict[int, Payload],
+        program: tuple[str, ...],
+        threads: Executor,
+        server: ForkServer,
     ) -> None:
         self._spec = spec
         self._program = program
         self._threads = threads
         self._payloads = payloads
         self._calls: dict[int, CallPipe] = {}
-        self._results = {rank: ResultChannel(spec.who(rank)) for rank in range(spec.nprocs)}
-        self._server: ForkServer | None = None
+        self._results = {rank: ResultChannel(spec.who(rank)) for rank in ranks}
+        self._server = server
         self.returned: dict[int, asyncio.Future[Returned]] = {
             rank: result.returned for rank, result in self._results.items()
         }
         """By rank: resolved as soon as a result is there, or can't come any more."""
 
     @classmethod
-    async def prepare(cls, spec: RunSpec, threads: Executor) -> Function:
-        """Pickle every rank's call, in a thread; nothing is pickled for `fork`.
+    async def prepare(cls, spec: RunSpec, ranks: Collection[int], threads: Executor, server: ForkServer) -> Function:
+        """Pickle the call of each of these ranks, in a thread; nothing is pickled for `fork`.
 
         Raises:
             pickle.PicklingError: naming the rank, if a call can't be sent to a worker.
@@ -60,9 +66,9 @@ class Function:
         """
         mainmodule.check_not_being_prepared(spec.name)
         if spec.start_method == "fork":
-            return cls(spec, {}, (), threads)
-        payloads, program = await asyncio.get_running_loop().run_in_executor(threads, _pickle_all, spec)
-        return cls(spec, payloads, program, threads)
+            return cls(spec, ranks, {}, (), threads, server)
+        payloads, program = await asyncio.get_running_loop().run_in_executor(threads, _pickle_all, spec, ranks)
+        return cls(spec, ranks, payloads, program, threads, server)
 
     async def launch(self, rank: int, bare: Command) -> Process:
         """Start a rank's worker, send it its call and wait for its result from now on.
@@ -107,12 +113,12 @@ class Function:
         payload = self._payloads[rank]
         settings = forking.settings_of(bare)
         call = self._calls[rank] = CallPipe(payload.parts((), payload.tracker_fd, settings=settings))
-        server = await self._started_server(bare.env)
+        await self._server.start(self._program, _outer_environment(bare.env))
         confirmation = Confirmation(bare.who)
         streams = (bare.stdin, bare.stdout, bare.stderr)
         fds = (*streams, call.child_fd, result.child_fd, confirmation.child_fd, *payload.shared)
         try:
-            process = await server.fork(bare, fds, confirmation)
+            process = await self._server.fork(bare, fds, confirmation)
         except BaseException:
             confirmation.close()
             raise
@@ -121,17 +127,6 @@ class Function:
         call.started()
         return process
 
-    async def _started_server(self, env: Mapping[str, str]) -> ForkServer:
-        if self._server is None:
-            outer = {name: value for name, value in env.items() if not name.startswith(("AELASTIC_", "TORCHELASTIC_"))}
-            own = f"{env.get('AELASTIC_RUN_ID', '')}:"
-            lineage = env.get(LINEAGE, "").removesuffix(own)
-            self._server = ForkServer(
-                f"{self._spec.name}'s fork server", self._program, {**outer, LINEAGE: lineage}, self._spec.options
-            )
-            await self._server.start(sys.path)
-        return self._server
-
     async def close(self) -> None:
         """Give up what has not arrived; every `returned` is resolved after it. Idempotent, bounded."""
         await asyncio.gather(*(result.close() for result in self._results.values()))
@@ -139,8 +134,12 @@ class Function:
             payload.close()
         for call in self._calls.values():
             call.close()
-        if self._server is not None:
-            await self._server.close()
+
+
+def _outer_environment(env: Mapping[str, str]) -> Mapping[str, str]:
+    """A worker's environment without what tells of its run and rank."""
+    outer = {name: value for name, value in env.items() if not name.startswith(("AELASTIC_", "TORCHELASTIC_"))}
+    return {**outer, LINEAGE: env.get(LINEAGE, "").removesuffix(f"{env.get('AELASTIC_RUN_ID', '')}:")}
 
 
 def _function_of(spec: RunSpec) -> Any:
@@ -149,7 +148,7 @@ def _function_of(spec: RunSpec) -> Any:
     return spec.entrypoint
 
 
-def _pickle_all(spec: RunSpec) -> tuple[dict[int, Payload], tuple[str, ...]]:
+def _pickle_all(spec: RunSpec, ranks: Collection[int]) -> tuple[dict[int, Payload], tuple[str, ...]]:
     from .payload import interpreter, pickle_call  # noqa: PLC0415  # see above, and here it is off the loop
 
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001
@@ -157,15 +156,16 @@ def _pickle_all(spec: RunSpec) -> tuple[dict[int, Payload], tuple[str, ...]]:
     payloads: dict[int, Payload] = {}
     function = _function_of(spec)
     try:
-        for rank in range(spec.nprocs):
+        for rank in ranks:
             payloads[rank] = pickle_call(function, spec.args[rank])
     except BaseException as error:
         for payload in payloads.values():
             payload.close()
         if not isinstance(error, Exception):
             raise
+        who = spec.who(tuple(ranks)[len(payloads)])
         raise pickle.PicklingError(
-            f"{spec.who(len(payloads))} can't be sent to a worker: its function or an argument can't be pickled: "
+            f"{who} can't be sent to a worker: its function or an argument can't be pickled: "
             f"{type(error).__name__}: {error}"
         ) from error
     return payloads, program

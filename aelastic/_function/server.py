@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -72,36 +73,44 @@ def _pidfd_of(pid: int, parent: int) -> int | None:
 
 @final
 class ForkServer:
-    """The server of one attempt, from `start` to `close`.
+    """The server of one run, for all its attempts: executed when it is first needed, and again when it was lost.
 
     Args:
         who: names the run in error texts.
-        program: the interpreter and its flags.
-        env: without the run's lineage.
+        options: `forkserver_preload` and `pass_fds` are the server's.
     """
 
-    def __init__(self, who: str, program: tuple[str, ...], env: Mapping[str, str], options: WorkerOptions) -> None:
-        self._who = who
-        self._program = program
-        self._env = env
+    def __init__(self, who: str, options: WorkerOptions) -> None:
+        self._who = f"{who}'s fork server"
         self._options = options
+        self._starting = asyncio.Lock()
         self._socket: socket.socket | None = None
         self._process: Process | None = None
         self._asked: deque[asyncio.Future[ServedChild]] = deque()
         self._children: dict[int, ServedChild] = {}
         self._unread = b""
 
-    async def start(self, sys_path: list[str]) -> None:
-        """Execute the server; it takes requests while it is still getting ready.
+    async def start(self, program: tuple[str, ...], env: Mapping[str, str]) -> None:
+        """See that a server runs; a new one takes requests while it is still getting ready.
+
+        Args:
+            program: the interpreter and its flags.
+            env: without the run's lineage.
 
         Raises:
             OSError: as `launch` does.
         """
+        async with self._starting:
+            if self._socket is None:
+                await self._collect()
+                await self._execute(program, env)
+
+    async def _execute(self, program: tuple[str, ...], env: Mapping[str, str]) -> None:
         ours, theirs = socket.socketpair()
         try:
             ours.setblocking(False)  # noqa: FBT003  # positional only
-            settings = json.dumps({"sys_path": sys_path, "preload": list(self._options.forkserver_preload)})
-            self._process = await self._launch(theirs, settings)
+            settings = json.dumps({"sys_path": sys.path, "preload": list(self._options.forkserver_preload)})
+            self._process = await self._launch(program, env, theirs, settings)
         except BaseException:
             ours.close()
             raise
@@ -110,13 +119,15 @@ class ForkServer:
         self._socket = ours
         asyncio.get_running_loop().add_reader(ours, self._hear)
 
-    async def _launch(self, control: socket.socket, settings: str) -> Process:
+    async def _launch(
+        self, program: tuple[str, ...], env: Mapping[str, str], control: socket.socket, settings: str
+    ) -> Process:
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
             return await launch(
                 Command(
-                    argv=(*self._program, BOOTSTRAP, "serve", str(control.fileno()), settings),
-                    env=self._env,
+                    argv=(*program, BOOTSTRAP, "serve", str(control.fileno()), settings),
+                    env=env,
                     cwd=None,
                     stdin=null,
                     stdout=null,
@@ -197,6 +208,7 @@ class ForkServer:
             asyncio.get_running_loop().remove_reader(self._socket)
             self._socket.close()
             self._socket = None
+            self._unread = b""
         while self._asked:
             self._asked.popleft().set_exception(OSError(errno.ECHILD, "the fork server has ended"))
         for child in self._children.values():
@@ -206,6 +218,9 @@ class ForkServer:
     async def close(self) -> None:
         """End the server and collect it. Idempotent, bounded."""
         self._lost()
+        await self._collect()
+
+    async def _collect(self) -> None:
         process, self._process = self._process, None
         if process is None:
             return

@@ -46,7 +46,7 @@ class HubStream:
     @property
     def full(self) -> bool:
         """Whether a lossless reader is too far behind to read on."""
-        if not self._readers or self._released or self._hub.released:
+        if not self._readers or self._released:
             return False
         return self.tail.size - self._needed_from >= UNREAD_BYTES
 
@@ -68,7 +68,7 @@ class HubStream:
         self._wake_readers()
 
     def release(self) -> None:
-        """Let lossless readers hold this stream back no more: its worker has ended."""
+        """Let lossless readers hold this stream back no more: its worker has ended, or is being stopped."""
         self._released = True
         self.on_room()
 
@@ -105,8 +105,6 @@ class LineHub:
     """
 
     def __init__(self, name: str) -> None:
-        self.released = False
-        """Whether lossless readers hold nobody back any more."""
         self.finished = False
         self._name = name
         self._plans: dict[int, Mapping[Std, StreamPlan]] = {}
@@ -122,7 +120,6 @@ class LineHub:
         Returns:
             By rank and stream, what their pumps feed.
         """
-        self.released = False
         self._plans.update(plans)
         streams = {
             (rank, std): HubStream(self, rank, std, attempt)
@@ -137,11 +134,6 @@ class LineHub:
                     reader.follow(stream, live=False)
         return streams
 
-    def release(self) -> None:
-        """Let lossless readers hold nobody back any more: a teardown has begun."""
-        self.released = True
-        self.look_again()
-
     def look_again(self) -> None:
         """Let the streams that wait for a lossless reader see whether it is still there."""
         for stream in self._streams.values():
@@ -149,7 +141,6 @@ class LineHub:
 
     def finish(self) -> None:
         """Say that no attempt follows: subscriptions end after their last line."""
-        self.release()
         self.finished = True
         for reader in list(self._readers):
             reader.wake()

@@ -55,7 +55,6 @@ class Outputs:
         self._on_lost = on_lost
         self._on_broken = on_broken
         self._buffer_bytes = buffer_bytes
-        self._hub: LineHub | None = None
         self._pipes: dict[Key, OutputPipe] = {}
         self._child_fds: dict[Key, int] = {}
         """Descriptors of files that workers write to themselves, until they are started."""
@@ -117,7 +116,6 @@ class Outputs:
             why = f"{self._name}: no pipes for the output of its {len(self._plans)} ranks: {error.strerror}"
             raise OSError(error.errno, why) from None
         self._pipes = dict(zip(piped, pipes, strict=True))
-        self._hub = hub
         streams = hub.begin(self._plans, attempt)
         for key in piped:
             self._pumps[key] = self._pump(key, streams[key])
@@ -247,8 +245,8 @@ class Outputs:
 
     def release(self) -> None:
         """Let lossless readers hold no worker back any more: a stop has begun."""
-        if self._hub is not None:
-            self._hub.release()
+        for pump in self._pumps.values():
+            pump.stream.release()
 
     async def at_eof(self, rank: int, within: float, hurry: asyncio.Future[None]) -> bool:
         """Wait until nobody holds this rank's pipes any more.

@@ -84,6 +84,9 @@ class Lines:
             stream.on_room()
         if more:
             self.has_more(stream, cursor)
+        elif stream.tail.ended:  # of an attempt that is over, perhaps one of thousands
+            self._streams.remove(stream)
+            stream.remove(self)
         elif self._partials and cursor.unfinished() is not None:
             self._unfinished[cursor] = stream
 

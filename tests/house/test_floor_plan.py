@@ -13,18 +13,18 @@ from tests.house.source import FILES, PACKAGE, Import, imports, place, tree
 
 CELLAR = "_child"
 FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("words", ("_std", "_exit", "_policies", "_failures", "_results", "_events", "_returned")),
+    ("words", ("_std", "_exit", "_failures", "_policies", "_results", "_events", "_returned")),
     ("rules", ("_spec", "_lifecycle", "_restart", "_logs/lines", "_logs/plan")),
-    ("tools of the machines", ("_tasks", "_threads", "_limits")),
+    ("tools of the machines", ("_tasks", "_threads", "_limits", "_contagion")),
     ("machines", ("_bus", "_process", "_logs", "_evidence", "_health", "_guard")),
     ("functions", ("_function",)),
     ("worker", ("_worker",)),
-    ("gang", ("_gang",)),
-    ("run", ("_run", "_context", "_signals", "_start")),
+    ("gang", ("_attempt", "_gang")),
+    ("run", ("_succession", "_run", "_context", "_signals", "_start")),
     ("doors", ("__init__", "worker", "testing", "dask", "cli", "__main__")),
 )
 """From the ground up. A name stands for its file, or for the folder and all in it that is not named elsewhere."""
-ORDERED = ("words", "run", "doors")
+ORDERED = ("words", "gang", "run", "doors")
 """Floors that tell one story in several files: each may use those before it."""
 RULES = dict(FLOORS)["rules"]
 

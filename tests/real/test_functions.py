@@ -25,7 +25,17 @@ from typing import Any
 import pytest
 
 from aelastic._exit import ExitStatus
-from aelastic._function import Function, NoResult, Raised, RemoteTraceback, Returned, Torn, Unloadable, Value
+from aelastic._function import (
+    ForkServer,
+    Function,
+    NoResult,
+    Raised,
+    RemoteTraceback,
+    Returned,
+    Torn,
+    Unloadable,
+    Value,
+)
 from aelastic._policies import WorkerOptions
 from aelastic._process import Command, Process
 from aelastic._spec import check
@@ -109,7 +119,8 @@ async def started(
         stop=None,
     )
     processes: dict[int, Process] = {}
-    function = await Function.prepare(spec, threads)
+    server = ForkServer("fn", spec.options)
+    function = await Function.prepare(spec, range(nprocs), threads, server)
     try:
         for rank in range(nprocs):
             processes[rank] = await launch(function, rank, folder, env or {}, spec.options)
@@ -123,6 +134,7 @@ async def started(
             await process.reaped(NET)
             process.close()
         await function.close()
+        await server.close()
 
 
 async def launch(
@@ -638,7 +650,7 @@ def main_program(entrypoint: Callable[..., Any], *args: Any) -> tuple[Any, ExitS
                 options=None,
                 stop=None,
             )
-            function = await Function.prepare(spec, executor)
+            function = await Function.prepare(spec, [0], executor, ForkServer("fn", spec.options))
             folder = Path(os.environ["FOLDER"])
             process = await launch(function, 0, folder, {}, spec.options)
             returned, status = await function.returned[0], await process.exited

@@ -1,0 +1,108 @@
+"""An attempt in plain values: what it is lent, what it is started with, how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from ._bus import Bus
+from ._exit import ExitStatus
+from ._failures import ProcessFailure
+from ._function import ForkServer
+from ._guard import Watch
+from ._limits import check_descriptors, check_open
+from ._logs import Console, LineHub, LogsDest, Plans, Route
+from ._process import Tree
+from ._results import Survivor
+from ._returned import Value
+from ._spec import RunSpec
+from ._threads import Threads
+from ._worker import Cause, End
+
+_DESCRIPTORS = {Route.INHERIT: 0, Route.DISCARD: 1, Route.FILE: 1, Route.PIPE: 4}
+"""By route, what one stream of one rank has open: both ends of a pipe, the file and its index."""
+
+
+TRANSIENT_DESCRIPTORS = 20
+"""What one spawn has open while it is under way, a look at /proc beside it, the guard and the journal."""
+
+
+class StartAbandoned(Exception):
+    """The run was stopped before all its ranks had been started."""
+
+
+def check_limits(spec: RunSpec, plans: Plans) -> None:
+    """Raise unless a gang's descriptors are there: those it passes on are open, and there is room for its own.
+
+    Raises:
+        OSError: EBADF or EMFILE, naming the run and what is missing.
+    """
+    check_open(spec.options.pass_fds, spec.name)
+    streams = sum(_DESCRIPTORS[plan.route] for streams in plans.values() for plan in streams.values())
+    ranks = spec.nprocs * (2 if spec.is_command else 4)  # pidfds (ours and asyncio's) and pipes
+    check_descriptors(streams + ranks + TRANSIENT_DESCRIPTORS, spec.name)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machines:
+    """What a run lends to its attempts."""
+
+    bus: Bus
+    tree: Tree
+    threads: Threads
+    """For /proc, evidence and pickles."""
+    disks: Threads
+    """For log files."""
+    hub: LineHub
+    console: Console
+    watch: Watch
+    server: ForkServer
+    starts: asyncio.Lock
+    """Held for one start at a time, so that the loop has its turns while many ranks restart at once."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What one attempt is started with. Mappings hold every rank of the run, also those that it doesn't start."""
+
+    attempt: int
+    envs: Mapping[int, dict[str, str]]
+    dest: LogsDest
+    plans: Plans
+
+
+@final
+@dataclass(slots=True)
+class AttemptEnd:
+    """How an attempt ended; mappings by rank."""
+
+    return_values: dict[int, Any] = field(default_factory=dict)
+    failures: dict[int, ProcessFailure] = field(default_factory=dict)
+    exits: dict[int, ExitStatus] = field(default_factory=dict)
+    victims: dict[int, ExitStatus] = field(default_factory=dict)
+    survivors: tuple[Survivor, ...] = ()
+    lost_bytes: int = 0
+    pieces: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    closed: bool = False
+    """Whether the caller stopped it before it ended by itself."""
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether it ended well, and by itself."""
+        return not (self.failures or self.survivors or self.closed)
+
+    def add(self, end: End) -> None:
+        """Count one rank in."""
+        if end.status is not None:
+            self.exits[end.rank] = end.status
+            if end.stopped is Cause.FAILURE:
+                self.victims[end.rank] = end.status
+        if end.failure is not None:
+            self.failures[end.rank] = end.failure
+        elif end.stopped is None and isinstance(end.returned, Value):
+            self.return_values[end.rank] = end.returned.value
+        self.survivors += end.survivors
