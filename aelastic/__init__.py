@@ -5,7 +5,7 @@ General layout. A file imports only from floors below its own:
     doors     __init__ (lazy)   worker (standard library only)   cli/
     floor 5   _start, _context, _run, _signals    a run: from start to result; the caller's handle on it
               _succession                         the attempts of a gang, or of a rank, one after the other
-    floor 4   _gang                               one attempt: start all, watch all, stop all
+    floor 4   _gang, _attempt                     one attempt: start all, watch all, stop all
     floor 3   _worker                             one incarnation of a rank: its process, its output, its end
     floor 2   _process/ _logs/ _function/ _bus _guard _evidence _tasks _threads _limits _contagion
                                                   machines that touch the OS

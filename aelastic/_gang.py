@@ -11,28 +11,21 @@ import functools
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from signal import SIGKILL
-from typing import Any, final
+from typing import final
 
-from ._bus import Bus
+from ._attempt import AttemptEnd, Machines, StartAbandoned, Terms
 from ._contagion import Contagion
 from ._events import AttemptFinished, AttemptStarted, OutputLost, StopRequested
 from ._evidence import OomKills, count_oom_kills, failure_of_start
-from ._exit import ExitStatus
 from ._failures import ProcessFailure
-from ._function import ForkServer, Function
-from ._guard import Watch
+from ._function import Function
 from ._lifecycle import State, schedule
-from ._limits import check_descriptors, check_open
-from ._logs import Console, LineHub, LogsDest, Outputs, Plans, Route
+from ._logs import Outputs
 from ._policies import Step
-from ._process import Command, Process, Tree, launch, resolve
-from ._results import Survivor
-from ._returned import Value
+from ._process import Command, Process, launch, resolve
 from ._spec import RunSpec
 from ._std import Std
-from ._threads import Threads
 from ._worker import Cause, End, Worker
 
 

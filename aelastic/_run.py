@@ -15,11 +15,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar, final
 
+from ._attempt import Machines, StartAbandoned, Terms, check_limits
 from ._bus import Bus
 from ._contagion import Contagion
 from ._events import Event, GuardLost, RunFinished, RunStarted, StopRequested
 from ._function import ForkServer
-from ._gang import Machines, StartAbandoned, Terms, check_limits
 from ._guard import watch
 from ._lifecycle import outcome
 from ._logs import Console, InheritLogsSpecs, Journal, LineHub, LogsDest, LogsSpecs, Plans, Route, plan

@@ -11,10 +11,11 @@ import random
 from collections.abc import Awaitable, Callable, Collection
 from typing import final
 
+from ._attempt import AttemptEnd, Machines, StartAbandoned, Terms
 from ._events import RestartScheduled
 from ._evidence import failure_of_start
 from ._failures import ProcessFailure
-from ._gang import AttemptEnd, Gang, Machines, StartAbandoned, Terms
+from ._gang import Gang
 from ._policies import Step
 from ._restart import Budget, Ended, GiveUp, Rest, Restart
 from ._spec import RunSpec

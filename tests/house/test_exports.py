@@ -19,7 +19,7 @@ NAMES = """
     ProcessFailure ChildFailedError RankMappingError StreamNotCaptured LineNotSeen SignalException
     record ErrorHandler WorkerOptions StopPolicy ExitStatus ExitUsage Survivor
     Event RunStarted AttemptStarted WorkerStarted WorkerExited WorkerFailed StopRequested WorkerSignaled
-    WorkerUnkillable SurvivorsLeft OutputLost AttemptFinished RunFinished
+    WorkerUnkillable SurvivorsLeft OutputLost AttemptFinished RunFinished RestartPolicy Backoff RestartScheduled
 """.split()
 """The public names of the contract so far; issues to come add theirs."""
 

@@ -312,9 +312,9 @@ async def test_the_guard_knows_each_incarnation(monkeypatch: pytest.MonkeyPatch)
     told: list[tuple[int, int]] = []
     tell = Watch.worker
 
-    def worker(self: Watch, rank: int, pid: int, started_ticks: int | None = None) -> None:
+    def worker(self: Watch, rank: int, pid: int, held_ticks: int) -> None:
         told.append((rank, pid))
-        tell(self, rank, pid, started_ticks)
+        tell(self, rank, pid, held_ticks)
 
     monkeypatch.setattr(Watch, "worker", worker)
     async with sh("exit 3", restart=restart(2)) as ctx:
