@@ -7,7 +7,7 @@ General layout. A file imports only from floors below its own:
               _succession                         the attempts of a gang, or of a rank, one after the other
     floor 4   _gang, _attempt                     one attempt: start all, watch all, stop all
     floor 3   _worker                             one incarnation of a rank: its process, its output, its end
-    floor 2   _process/ _logs/ _function/ _bus _guard _evidence _tasks _threads _limits _contagion
+    floor 2   _process/ _logs/ _function/ _bus _guard _evidence _tasks _threads _limits _contagion _descriptors
                                                   machines that touch the OS
     floor 1   _spec _lifecycle _restart _logs/ (plan, lines)                         rules: no await, no clock
     floor 0   _std _exit _policies _failures _results _events                        words: values

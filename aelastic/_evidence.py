@@ -239,6 +239,7 @@ def build_failure(
     evidence: Evidence,
     started_ns: int,
     exit_ns: int,
+    told_ns: int = 0,
     tail: Sequence[str] = (),
     oom_before: OomKills | None = None,
     reason: Reason | None = None,
@@ -255,6 +256,7 @@ def build_failure(
         evidence: what was found.
         started_ns: monotonic nanoseconds at its spawn.
         exit_ns: monotonic nanoseconds at which its end was seen; 0 when it was not.
+        told_ns: monotonic nanoseconds at which what the function handed back was here; 0 when nothing was.
         tail: the last lines of its output as the supervisor saw them; the evidence's when empty.
         oom_before: the counter before its start.
         reason: what only the supervisor can know (`watchdog`, `not_ready`); None reads it off the evidence.
@@ -262,7 +264,8 @@ def build_failure(
         exit_at: the end as Unix seconds; now when None.
 
     Returns:
-        The failure, placed in time by the worker's own error file where that lies between start and exit.
+        The failure, placed in time by the worker's own error file where that lies between start and exit, else by
+        what it handed back.
     """
     ended = status or ExitStatus(None, None)
     report = evidence.report
@@ -279,7 +282,7 @@ def build_failure(
         timestamp=(report.timestamp if report else 0) or int(time.time() if exit_at is None else exit_at),
         status=ended,
         seconds=max(exit_ns - started_ns, 0) / 1e9,
-        monotonic_ns=own_ns if started_ns <= own_ns <= exit_ns else exit_ns,
+        monotonic_ns=own_ns if started_ns <= own_ns <= exit_ns else min(told_ns or exit_ns, exit_ns),
         tail=tuple(tail) or evidence.tail,
         exception=returned.exception if isinstance(returned, Raised) else None,
         reason=reason or _reason(status, returned, report, hint),
@@ -304,7 +307,7 @@ def failure_of_start(rank: int, error: OSError) -> ProcessFailure:
 def _reason(status: ExitStatus | None, returned: Returned, report: ErrorReport | None, hint: str) -> Reason:
     if status is None:
         return "unkillable"
-    if status.signal is not None and not isinstance(returned, Raised):
+    if status.signal is not None and not isinstance(returned, Raised | Unloadable):
         return "out_of_memory" if hint else "signaled"
     match returned:
         case Raised():

@@ -105,7 +105,7 @@ class ProcessFailure:
     def _ending(self) -> str:
         match self.reason:
             case "raised":
-                return f"raised an exception and {self.status.describe()}"
+                return f"raised an exception and {'was ' if self.status.signal else ''}{self.status.describe()}"
             case "no_result":
                 return f"{self.status.describe()} without handing back a result"
             case "result_lost":

@@ -196,7 +196,9 @@ class StopPolicy:
 
     steps: tuple[Step, ...] = DEFAULT_STEPS
     """(signal, seconds to wait after it); the last is SIGKILL. Default: SIGTERM, 30 s, SIGKILL, 5 s.
-    Every other signal is followed by SIGCONT, so that a stopped process can obey."""
+    Every other signal is followed by SIGCONT, so that a stopped process can obey. A function that has returned leaves
+    its process as long as the first step lasts to end by itself (threads that are no daemons, child processes, exit
+    hooks), one that failed leaves it `drain` seconds; then the steps are taken."""
     drain: float = 2.0
     """Seconds to read on, after a worker's exit, while something still holds its pipe. Default 2."""
     on_failure: Literal["stop", "continue"] | float = "stop"

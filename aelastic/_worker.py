@@ -31,10 +31,12 @@ from ._logs import Outputs
 from ._policies import StopPolicy
 from ._process import Process, Tree
 from ._results import Survivor
-from ._returned import NO_RESULT, Returned, Value
+from ._returned import NO_RESULT, NoResult, Returned, Torn, Value
 from ._std import Std
 from ._tasks import first_of, service
 from ._threads import Threads
+
+NOT_LOADED = Torn("its result was still being loaded here when its run had to end")
 
 
 @final
@@ -96,6 +98,9 @@ class Worker:
         self.state = State.RUNNING
         self.cause: Cause | None = None
         self._stopped_ns = 0
+        self._told_ns = 0
+        self._had_returned = False
+        """Whether its value was here before anybody stopped it: then its process's end says nothing any more."""
         self._process = process
         self._outputs = outputs
         self._tree = tree
@@ -112,13 +117,16 @@ class Worker:
         self._hurry: asyncio.Future[None] = self._loop.create_future()
         publish(WorkerStarted(rank=rank, pid=process.pid))
         process.exited.add_done_callback(self._exit_seen)
+        if returned is not None:
+            returned.add_done_callback(self._was_told)
         self.ended = service(self._live(), name=f"rank {rank} (pid {process.pid})")
 
-    def stop(self, dues: tuple[Due, ...], cause: Cause, why: str) -> None:
-        """Begin the steps, or replace those that are left."""
+    def stop(self, dues: tuple[Due, ...], cause: Cause | None, why: str) -> None:
+        """Begin the steps, or replace those that are left; without a cause where the worker's own work is done."""
         if self.state is State.RUNNING and not self._process.has_ended():
             self.state = after(self.rank, self.state, Fact.STOP_ASKED)
-            self.cause, self._stopped_ns = cause, time.monotonic_ns()
+            self._had_returned = self._has_value()
+            self.cause, self._stopped_ns = None if self._had_returned else cause, time.monotonic_ns()
         self._dues, self._why = dues, why
         hurry, self._hurry = self._hurry, self._loop.create_future()
         hurry.set_result(None)
@@ -144,9 +152,12 @@ class Worker:
     def _seconds(self) -> float:
         return (self._process.exit_ns - self._process.started_ns) / 1e9
 
+    def _was_told(self, _returned: asyncio.Future[Returned]) -> None:
+        self._told_ns = time.monotonic_ns()
+
     async def _live(self) -> End:
         if not self._dues:  # a stop may have come before this task had its first turn
-            await first_of(self._process.exited, self._hurry)
+            await self._run_its_course()
         if self.state is State.EXITED:
             self._judge(self, failed=await self._has_failed())
             await self._linger()
@@ -156,20 +167,52 @@ class Worker:
         await self._process.reaped(within=1.0)
         return await self._conclude(survivors)
 
-    async def _has_failed(self) -> bool:
-        if self._returned is not None:
-            await first_of(self._returned, self._hurry, timeout=self._policy.drain)
-        return not self._is_good()
+    async def _run_its_course(self) -> None:
+        """Wait for the exit, or a stop; a function that is over waits for its process only so long."""
+        over = self._process.exited, self._hurry
+        if self._returned is None:
+            await first_of(*over)
+            return
+        await first_of(*over, self._returned)
+        if self._returned.done() and isinstance(self._returned.result(), NoResult):
+            await first_of(*over)  # it closed the pipe, as one that executes another program does: its exit will tell
+        if self._is_over():
+            return
+        patience = self._policy.steps[0][1] if self._has_value() else self._policy.drain
+        await first_of(*over, timeout=patience)
+        if not self._is_over():
+            self._outstay(patience)
 
-    @property
-    def _status_ok(self) -> bool:
-        return self._process.exited.done() and self._process.exited.result().ok
+    def _is_over(self) -> bool:
+        return self._process.exited.done() or bool(self._dues)
+
+    def _outstay(self, patience: float) -> None:
+        """Its function is over and its process is not: a failure is judged now, and the steps end the process."""
+        if not self._has_value():
+            self._judge(self, failed=True)
+        if not self._dues:
+            why = (
+                f"its function was over, and {patience:g} s later its process was still there: a thread that is no"
+                " daemon, a child process or an exit hook kept it"
+            )
+            self.stop(schedule(self._policy.steps, self._loop.time()), None, why)
+
+    async def _has_failed(self) -> bool:
+        if self._returned is not None and not self._dues:
+            await first_of(self._returned, self._hurry)  # what has arrived is loaded, however long that takes
+        return not self._is_good()
 
     def _outcome(self) -> Returned:
         """What was handed back; a command that succeeded hands back None."""
         if self._returned is None:
             return Value(None)
-        return self._returned.result() if self._returned.done() else NO_RESULT
+        if self._returned.done():
+            return self._returned.result()
+        return NOT_LOADED if self._process.exited.done() else NO_RESULT
+
+    def _has_value(self) -> bool:
+        """Whether a function's value is here."""
+        return self._returned is not None and self._returned.done() and isinstance(self._returned.result(), Value)
 
     async def _linger(self) -> None:
         """Let whoever still holds the pipes finish writing, for `drain` seconds, or until a stop."""
@@ -210,6 +253,8 @@ class Worker:
 
     async def _conclude(self, survivors: tuple[Survivor, ...]) -> End:
         status = self._process.exited.result() if self._process.exited.done() else None
+        if self._returned is not None and status is not None:
+            await first_of(self._returned, timeout=self._policy.drain)
         failure = None if self._is_good() else await self._failure(status)
         if failure is not None and self._stopped_before(failure):
             failure = None
@@ -225,7 +270,8 @@ class Worker:
         )
 
     def _is_good(self) -> bool:
-        return self._status_ok and isinstance(self._outcome(), Value)
+        status = self._process.exited.done() and (self._had_returned or self._process.exited.result().ok)
+        return status and isinstance(self._outcome(), Value)
 
     def _stopped_before(self, failure: ProcessFailure) -> bool:
         """Whether it ended only because it was stopped: its own error file may say that it had failed before."""
@@ -244,5 +290,6 @@ class Worker:
             tail=self._outputs.tail(self.rank, Std.ERR) or self._outputs.tail(self.rank, Std.OUT),
             started_ns=self._process.started_ns,
             exit_ns=self._process.exit_ns,
+            told_ns=self._told_ns,
             oom_before=self._oom_before,
         )

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import faulthandler
 import gc
+import itertools
 import os
 import signal
 import struct
@@ -31,8 +32,11 @@ NOT_STARTED = 127
 PID = struct.Struct("<q")
 
 
-def fork_apart() -> int:
+def fork_apart(is_forked: Callable[[], object] = int) -> int:
     """Fork with all signals blocked, so that none of them runs a handler of the parent's in the child.
+
+    Args:
+        is_forked: called in the parent as soon as there is a child.
 
     Returns:
         0 in the child, where they stay blocked; the child's pid in the parent, once it leads a session of its own.
@@ -54,6 +58,7 @@ def fork_apart() -> int:
     finally:
         if pid != 0:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            is_forked()
         os.close(ready_w)
         told = os.read(ready_r, PID.size) if pid != 0 else b""
         os.close(ready_r)
@@ -108,10 +113,33 @@ def _forget_host(unwanted: Iterable[int]) -> None:
     gc.freeze()  # what the parent left to be collected has finalizers that are none of ours
     signal.set_wakeup_fd(-1)
     atexit._clear()  # noqa: SLF001  # has no public name, and multiprocessing does it too
-    threading._threading_atexits.clear()  # type: ignore[attr-defined]  # noqa: SLF001  # executors would join threads
+    threading._threading_atexits.clear()  # type: ignore[attr-defined]  # noqa: SLF001  # likewise
     for fd in unwanted:
         with contextlib.suppress(OSError):
             os.close(fd)
+    _forget_executors()
+    _forget_multiprocessing()
+
+
+def _forget_executors() -> None:
+    """Let the executors of this process end with it, and none of the parent's, whose threads are not here."""
+    for name, register in (("thread", "_threads_queues"), ("process", "_threads_wakeups")):
+        module = sys.modules.get(f"concurrent.futures.{name}")
+        if module is not None:
+            getattr(module, register).clear()
+            threading._register_atexit(module._python_exit)  # type: ignore[attr-defined]  # noqa: SLF001
+
+
+def _forget_multiprocessing() -> None:
+    """Do what multiprocessing's `Process._bootstrap` does: its parent's children and finalizers are none of ours."""
+    process, finalizers = (sys.modules.get(f"multiprocessing.{name}") for name in ("process", "util"))
+    if process is not None:
+        process._children = set()  # type: ignore[attr-defined]  # noqa: SLF001
+        process._process_counter = itertools.count(1)  # type: ignore[attr-defined]  # noqa: SLF001
+    if finalizers is not None:
+        finalizers._finalizer_registry.clear()  # noqa: SLF001
+        finalizers._run_after_forkers()  # noqa: SLF001
+        atexit.register(finalizers._exit_function)  # noqa: SLF001  # joins this process's children
 
 
 def _steps(streams: tuple[int, int, int], settings: Mapping[str, Any]) -> Iterable[str]:
@@ -121,6 +149,7 @@ def _steps(streams: tuple[int, int, int], settings: Mapping[str, Any]) -> Iterab
         name, _, value = word.partition("=")
         options.setdefault(name, []).append(value)
     yield "its signals can't be reset"
+    faulthandler.disable()  # or it would believe, later, that what is reset here is still in place
     trampoline.reset_signals(ignore_hup=signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # this, and what is ignored, as in any Python program
     for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
@@ -182,8 +211,12 @@ def _exit_code(body: Callable[[], int]) -> int:
         code = _code_of(leave)
     except KeyboardInterrupt:
         code = -signal.SIGINT
-    threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001  # waits for threads that are no daemons
-    atexit._run_exitfuncs()  # noqa: SLF001  # likewise
+    # Waits for threads that are no daemons, then calls the exit hooks.
+    for end in (threading._shutdown, atexit._run_exitfuncs):  # type: ignore[attr-defined]  # noqa: SLF001
+        try:
+            end()
+        except BaseException:  # noqa: BLE001  # shown, as an interpreter does, which ends all the same
+            sys.excepthook(*sys.exc_info())
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

@@ -12,21 +12,17 @@ import pickle
 import select
 import threading
 import traceback
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
 from aelastic._child.frames import RAISED, Aborted, ChunkReader, Restarted
+from aelastic._descriptors import close_fd, open_pipe
 from aelastic._returned import NO_RESULT, Raised, RemoteTraceback, Returned, Torn, Unloadable, Value
 
 WRITE_BYTES = 1 << 20
 """The most that is handed to the kernel in one turn of the loop."""
 CLOSE_SECONDS = 1.0
 """How long a close waits for a thread that is stuck in a user's `__setstate__`."""
-
-
-open_channels: weakref.WeakSet[CallPipe | ResultChannel] = weakref.WeakSet()
-"""All of this process: a forked worker closes their descriptors, which would hold the pipes of others open."""
 
 
 @final
@@ -38,12 +34,11 @@ class CallPipe:
     """
 
     def __init__(self, parts: Sequence[bytes]) -> None:
-        self.child_fd, self._fd = os.pipe()
+        self.child_fd, self._fd = open_pipe()
         os.set_blocking(self._fd, False)
         self._left = [memoryview(part) for part in parts]
         self._loop = asyncio.get_running_loop()
         self._waiting = False
-        open_channels.add(self)
 
     def started(self) -> None:
         """Close the child's end and begin to write."""
@@ -67,13 +62,9 @@ class CallPipe:
         self.close()
         return False
 
-    def descriptors(self) -> tuple[int, ...]:
-        """Those that are open now."""
-        return tuple(fd for fd in (self._fd, self.child_fd) if fd >= 0)
-
     def _close_child_end(self) -> None:
         if self.child_fd >= 0:
-            os.close(self.child_fd)
+            close_fd(self.child_fd)
             self.child_fd = -1
 
     def close(self) -> None:
@@ -84,7 +75,7 @@ class CallPipe:
             self._waiting = False
             self._loop.remove_writer(self._fd)
         if self._fd >= 0:
-            os.close(self._fd)
+            close_fd(self._fd)
             self._fd = -1
 
 
@@ -110,9 +101,8 @@ class ResultChannel:
         Raises:
             OSError: if no descriptor is left.
         """
-        self._fd, self.child_fd = os.pipe()
+        self._fd, self.child_fd = open_pipe()
         os.set_blocking(self._fd, False)
-        open_channels.add(self)
 
     def started(self) -> None:
         """Close the child's end and wait for a result."""
@@ -147,10 +137,6 @@ class ResultChannel:
             self.returned.set_result(returned)
         self._close_fds()
 
-    def descriptors(self) -> tuple[int, ...]:
-        """Those that are open now."""
-        return tuple(fd for fd in (self._fd, self.child_fd) if fd >= 0)
-
     async def close(self) -> None:
         """Give up what has not arrived; idempotent, bounded by `CLOSE_SECONDS`."""
         if self._transfer is not None and not self.returned.done():
@@ -165,7 +151,7 @@ class ResultChannel:
         self._stop_listening()
         self._close_child_end()
         if self._fd >= 0:
-            os.close(self._fd)
+            close_fd(self._fd)
             self._fd = -1
 
     def _stop_listening(self) -> None:
@@ -175,7 +161,7 @@ class ResultChannel:
 
     def _close_child_end(self) -> None:
         if self.child_fd >= 0:
-            os.close(self.child_fd)
+            close_fd(self.child_fd)
             self.child_fd = -1
 
 
@@ -200,7 +186,7 @@ class Transfer:
         self._who = who
         self._loop = loop
         self._deliver = deliver
-        self._wake_r, self._wake_w = os.pipe()
+        self._wake_r, self._wake_w = open_pipe()
         self._ended = False
         self._received = len(kind)
         # A daemon, because it may be stuck in the user's __setstate__ when the host exits.
@@ -223,7 +209,7 @@ class Transfer:
         try:
             returned = self._receive(kind)
         finally:
-            os.close(self._fd)
+            close_fd(self._fd)
         try:
             self._loop.call_soon_threadsafe(self._finish, returned)
         except RuntimeError:  # the loop was closed meanwhile, so nobody waits
@@ -235,8 +221,8 @@ class Transfer:
         self._deliver(returned)
 
     def _close_wake(self) -> None:
-        os.close(self._wake_r)
-        os.close(self._wake_w)
+        close_fd(self._wake_r)
+        close_fd(self._wake_w)
         self._wake_w = -1
 
     def _receive(self, kind: bytes) -> Returned:

@@ -1,4 +1,4 @@
-"""Start a worker by fork(2): in a thread, since the host's loop runs on meanwhile.
+"""Start a worker by fork(2), in a thread.
 
 Nothing is pickled on the way down: the function finds the host's memory as it was. What differs from spawn: threads
 of the host don't exist in the worker, locks that they held stay locked, variables that an interpreter reads at its
@@ -10,18 +10,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Executor
-from typing import Any, final
+from collections.abc import Callable
+from typing import Any, NoReturn, final
 
 from aelastic._child import forked, procfs
+from aelastic._descriptors import owned
 from aelastic._exit import ExitStatus
+from aelastic._limits import shortage
 from aelastic._process import Command, Confirmation, Process, needed_for
 
-from .channel import ResultChannel, open_channels
+from .channel import ResultChannel
+
+STILL_SECONDS = 0.25
+"""How long the loop waits for a fork at the most: hooks of the host (os.register_at_fork) may hold it up."""
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -32,27 +38,37 @@ def settings_of(command: Command) -> dict[str, Any]:
     return {"words": list(words), "env": dict(command.env), "cwd": command.cwd}
 
 
-async def fork(call: Call, command: Command, result: ResultChannel, threads: Executor) -> Process:
+async def fork(call: Call, command: Command, result: ResultChannel) -> Process:
     """Fork a worker that runs the call.
 
     Args:
         result: open; its child's end goes to the worker.
-        threads: where it is forked.
 
     Raises:
         OSError: naming run and rank, if there can be no further process.
     """
-    loop = asyncio.get_running_loop()
-    settings = settings_of(command)
     confirmation = Confirmation(command.who)
     started_ns = time.monotonic_ns()
     try:
-        pid = await loop.run_in_executor(
-            threads, _fork, call, command, result.child_fd, confirmation.child_fd, settings
+        streams = (command.stdin, command.stdout, command.stderr)
+        kept = {*streams, result.child_fd, confirmation.child_fd, *command.pass_fds}
+        become = functools.partial(
+            forked.run,
+            lambda: call,
+            streams=streams,
+            result_fd=result.child_fd,
+            status_fd=confirmation.child_fd,
+            settings=settings_of(command),
+            unwanted=owned() - kept,
         )
+        pid = await _fork(become, command.who)
     except OSError as error:
         confirmation.close()
-        raise OSError(error.errno, f"{command.who} can't be started: {error.strerror}") from error
+        what = shortage(error.errno or 0) or error.strerror
+        raise OSError(error.errno, f"{command.who} can't be started: {what}") from error
+    except BaseException:
+        confirmation.close()
+        raise
     confirmation.started()
     child = ForkedChild(pid)
     process = Process(child, started_ns, confirmation)
@@ -60,23 +76,40 @@ async def fork(call: Call, command: Command, result: ResultChannel, threads: Exe
     return process
 
 
-def _fork(call: Call, command: Command, result_fd: int, status_fd: int, settings: Mapping[str, Any]) -> int:
-    pid = forked.fork_apart()
-    if pid == 0:
+async def _fork(become: Callable[[], NoReturn], who: str) -> int:
+    """Fork in a thread of its own, so that the worker begins with its stack alone; give the child's pid.
+
+    The loop stands still while it forks, as it would anyway, because fork(2) holds the interpreter. So no spawn in it
+    is half-way then, whose descriptors the worker would keep, and asyncio would wait for them until the worker ends.
+
+    Raises:
+        OSError: if there can be no further process or thread.
+    """
+    loop = asyncio.get_running_loop()
+    told: asyncio.Future[int] = loop.create_future()
+    is_forked = threading.Event()
+
+    def work() -> None:
         try:
-            kept = {result_fd, status_fd, *command.pass_fds}
-            ours = {fd for channel in list(open_channels) for fd in channel.descriptors()}
-            forked.run(
-                lambda: call,
-                streams=(command.stdin, command.stdout, command.stderr),
-                result_fd=result_fd,
-                status_fd=status_fd,
-                settings=settings,
-                unwanted=ours - kept,
-            )
+            pid = forked.fork_apart(is_forked.set)
+        except OSError as error:
+            loop.call_soon_threadsafe(told.set_exception, error)
+        else:
+            if pid == 0:
+                try:
+                    become()
+                finally:
+                    os._exit(forked.NOT_STARTED)
+            loop.call_soon_threadsafe(told.set_result, pid)
         finally:
-            os._exit(forked.NOT_STARTED)
-    return pid
+            is_forked.set()
+
+    try:
+        threading.Thread(target=work, name=f"fork of {who}", daemon=False).start()
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, str(error)) from error
+    is_forked.wait(STILL_SECONDS)
+    return await told
 
 
 @final

@@ -31,7 +31,6 @@ class Function:
         spec: with a callable as its entrypoint.
         payloads: by rank, owned from here on; none for `fork`.
         program: the interpreter and its flags, without the script.
-        threads: where workers are forked.
         server: of the run; started when it is needed.
     """
 
@@ -41,12 +40,10 @@ class Function:
         ranks: Collection[int],
         payloads: dict[int, Payload],
         program: tuple[str, ...],
-        threads: Executor,
         server: ForkServer,
     ) -> None:
         self._spec = spec
         self._program = program
-        self._threads = threads
         self._payloads = payloads
         self._calls: dict[int, CallPipe] = {}
         self._results = {rank: ResultChannel(spec.who(rank)) for rank in ranks}
@@ -66,9 +63,9 @@ class Function:
         """
         mainmodule.check_not_being_prepared(spec.name)
         if spec.start_method == "fork":
-            return cls(spec, ranks, {}, (), threads, server)
+            return cls(spec, ranks, {}, (), server)
         payloads, program = await asyncio.get_running_loop().run_in_executor(threads, _pickle_all, spec, ranks)
-        return cls(spec, ranks, payloads, program, threads, server)
+        return cls(spec, ranks, payloads, program, server)
 
     async def launch(self, rank: int, bare: Command) -> Process:
         """Start a rank's worker, send it its call and wait for its result from now on.
@@ -86,7 +83,7 @@ class Function:
         match self._spec.start_method:
             case "fork":
                 call = (_function_of(self._spec), self._spec.args[rank])
-                process = await forking.fork(call, bare, result, self._threads)
+                process = await forking.fork(call, bare, result)
             case "forkserver":
                 process = await self._have_forked(rank, bare, result)
             case _:

@@ -91,7 +91,7 @@ def pickle_call(function: Callable[..., Any], args: tuple[Any, ...]) -> Payload:
     main = main_module()
     try:
         body, descriptors = _dump(pickle.Pickler, function, args)
-        by_value = main is None and b"__main__" in body
+        by_value = cloudpickle.list_registry_pickle_by_value() or (main is None and b"__main__" in body)
     except Exception:  # noqa: BLE001  # plain pickle refuses closures in several ways; cloudpickle's error is the one to show
         by_value = True
     else:
@@ -100,12 +100,14 @@ def pickle_call(function: Callable[..., Any], args: tuple[Any, ...]) -> Payload:
     if by_value:
         body, descriptors = _dump(cloudpickle.Pickler, function, args)
     named = (b"__mp_main__",) if by_value else (b"__main__", b"__mp_main__")
-    shares = b"multiprocessing" in body
+    tracker_fd = _tracker_fd(needed=b"multiprocessing" in body)
+    # With a tracker of its own, a worker that is given shared memory by name would remove it at its end (bpo-38119).
+    joins = tracker_fd is not None
     return Payload(
         body=body,
-        header=_header(main if any(name in body for name in named) else None, shares=shares),
+        header=_header(main if any(name in body for name in named) else None, joins=joins),
         descriptors=tuple(descriptors),
-        tracker_fd=_tracker_fd(needed=shares),
+        tracker_fd=tracker_fd,
     )
 
 
@@ -132,14 +134,14 @@ def _close(descriptors: list[int]) -> None:
         os.close(fd)
 
 
-def _header(main: MainModule | None, *, shares: bool) -> Mapping[str, Any]:
+def _header(main: MainModule | None, *, joins: bool) -> Mapping[str, Any]:
     # Not multiprocessing.spawn.get_preparation_data: it would fix the host's default start method.
     return MappingProxyType(
         {
             "sys_path": [entry or process.ORIGINAL_DIR or os.getcwd() for entry in sys.path],  # type: ignore[attr-defined]
             "sys_argv": list(sys.argv),
             "main": main,
-            "multiprocessing": shares,
+            "multiprocessing": joins,
             "authkey": bytes(process.current_process().authkey),
         }
     )
@@ -174,14 +176,14 @@ def interpreter() -> str:
     """The program to run workers with, as `multiprocessing.set_executable` chose it.
 
     Raises:
-        RuntimeError: if this process is embedded in a program and has none.
+        RuntimeError: if this process is embedded or frozen in a program and has none.
     """
     from multiprocessing import spawn  # noqa: PLC0415  # only when a worker is spawned
 
     executable = os.fsdecode(spawn.get_executable() or "")
-    if not executable:
+    if not executable or (getattr(sys, "frozen", False) and executable == sys.executable):
         raise RuntimeError(
-            "a function can't be started: this process doesn't know its Python interpreter (sys.executable is empty);"
-            " name one with multiprocessing.set_executable"
+            "a function can't be started: this process doesn't know its Python interpreter (sys.executable is"
+            f" {sys.executable!r}); name one with multiprocessing.set_executable"
         )
     return executable

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import final
 
 from aelastic._child import forkserver, mainmodule, procfs
+from aelastic._descriptors import close_socket, open_socketpair
 from aelastic._exit import ExitStatus
 from aelastic._policies import WorkerOptions
 from aelastic._process import Command, Confirmation, Process, launch
@@ -106,16 +107,16 @@ class ForkServer:
                 await self._execute(program, env)
 
     async def _execute(self, program: tuple[str, ...], env: Mapping[str, str]) -> None:
-        ours, theirs = socket.socketpair()
+        ours, theirs = open_socketpair()
         try:
             ours.setblocking(False)  # noqa: FBT003  # positional only
             settings = json.dumps({"sys_path": sys.path, "preload": list(self._options.forkserver_preload)})
             self._process = await self._launch(program, env, theirs, settings)
         except BaseException:
-            ours.close()
+            close_socket(ours)
             raise
         finally:
-            theirs.close()
+            close_socket(theirs)
         self._socket = ours
         asyncio.get_running_loop().add_reader(ours, self._hear)
 
@@ -206,7 +207,7 @@ class ForkServer:
         """Stop listening; who still waits is told that nobody will answer."""
         if self._socket is not None:
             asyncio.get_running_loop().remove_reader(self._socket)
-            self._socket.close()
+            close_socket(self._socket)
             self._socket = None
             self._unread = b""
         while self._asked:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import os
 import queue
 import sys
 import threading
@@ -299,6 +300,15 @@ class Console:
 
     def _distinct(self) -> list[Place]:
         return list(dict.fromkeys(place for _, place in self._leased.values()))
+
+
+def _forked() -> None:
+    """Begin anew in a forked child, where the threads that write are not, and what they held stays held."""
+    Console._places = {}  # noqa: SLF001  # of this file
+    Console._lock = threading.Lock()  # noqa: SLF001
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

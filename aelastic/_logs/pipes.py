@@ -13,6 +13,8 @@ import threading
 from dataclasses import dataclass
 from typing import final
 
+from aelastic._descriptors import close_fd, open_pipe
+
 LARGE_BYTES = 1 << 20
 PLAIN_BYTES = 1 << 16
 """What a pipe has unless told otherwise (pipe(7))."""
@@ -34,13 +36,13 @@ class OutputPipe:
     def close_write(self) -> None:
         """Close our copy of the worker's end; idempotent."""
         if self.write_fd >= 0:
-            os.close(self.write_fd)
+            close_fd(self.write_fd)
             self.write_fd = -1
 
     def close_read(self) -> None:
         """Close our end and give its share back; idempotent."""
         if self.read_fd >= 0:
-            os.close(self.read_fd)
+            close_fd(self.read_fd)
             self.read_fd = -1
             _share.give_back(self.size_bytes)
 
@@ -70,8 +72,14 @@ class _Share:
         with self._lock:
             self._used_bytes -= size
 
+    def forked(self) -> None:
+        """Begin anew in a forked child: the lock may be held by a thread that is not there."""
+        self._lock = threading.Lock()
+        self._used_bytes = 0
+
 
 _share = _Share()
+os.register_at_fork(after_in_child=_share.forked)
 
 
 def _limit_bytes() -> int:
@@ -100,7 +108,7 @@ def open_pipes(count: int) -> list[OutputPipe]:
 
 
 def _open_pipe(size: int) -> OutputPipe:
-    read_fd, write_fd = os.pipe()
+    read_fd, write_fd = open_pipe()
     os.set_blocking(read_fd, False)
     if SET_SIZE is not None and size > PLAIN_BYTES:
         with contextlib.suppress(OSError):  # another program of this user took the budget: a smaller pipe works too

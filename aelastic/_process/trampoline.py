@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import final
 
 from .._child import trampoline as program
+from .._descriptors import close_fd, open_pipe
 from .._policies import WorkerOptions
 
 NUMBERS = tuple(range(1, signal.NSIG))
@@ -92,7 +93,7 @@ class Confirmation:
     def __init__(self, who: str) -> None:
         self._who = who
         self._loop = asyncio.get_running_loop()
-        self._read, self.child_fd = os.pipe()
+        self._read, self.child_fd = open_pipe()
         os.set_blocking(self._read, False)
         self._closed: asyncio.Future[bytes] = self._loop.create_future()
         self._said = b""
@@ -130,11 +131,11 @@ class Confirmation:
         read, self._read = self._read, -1
         if read >= 0:
             self._loop.remove_reader(read)
-            os.close(read)
+            close_fd(read)
         if not self._closed.done():
             self._closed.set_result(b"")
 
     def _close_child_end(self) -> None:
         child_fd, self.child_fd = self.child_fd, -1
         if child_fd >= 0:
-            os.close(child_fd)
+            close_fd(child_fd)

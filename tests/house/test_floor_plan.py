@@ -15,7 +15,7 @@ CELLAR = "_child"
 FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("words", ("_std", "_exit", "_failures", "_policies", "_results", "_events", "_returned")),
     ("rules", ("_spec", "_lifecycle", "_restart", "_logs/lines", "_logs/plan")),
-    ("tools of the machines", ("_tasks", "_threads", "_limits", "_contagion")),
+    ("tools of the machines", ("_tasks", "_threads", "_limits", "_contagion", "_descriptors")),
     ("machines", ("_bus", "_process", "_logs", "_evidence", "_health", "_guard")),
     ("functions", ("_function",)),
     ("worker", ("_worker",)),
