@@ -19,6 +19,7 @@ Source: credentials(7), proc(5); DESIGN section 6.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
@@ -42,6 +43,8 @@ STATES = {
 }
 LISTINGS = 5
 """How often one look lists /proc at the most, as long as there is somebody new."""
+EXEC_LOOKS, EXEC_PAUSE = 20, 0.002
+"""How often, and seconds apart, one look waits for processes that are just being executed to show what they are."""
 UNCLAIMED = -1
 """The rank of what carries the run's lineage, when nothing tells whose it is: see `Sight.of`."""
 
@@ -217,6 +220,7 @@ def read_everybody(run_id: str, since: int) -> tuple[list[Member], dict[Identity
     read: set[int] = set()
     seen: list[Member] = []
     origins: dict[Identity, Origin] = {}
+    undecided: list[Member] = []
     for _ in range(LISTINGS):
         new = [pid for pid in procfs.pids() if pid not in read]
         read.update(new)
@@ -226,16 +230,25 @@ def read_everybody(run_id: str, since: int) -> tuple[list[Member], dict[Identity
                 continue
             seen.append(member)
             # At once, because who flees is gone after the look. A zombie has no environment any more.
-            if member.alive and member.started >= since and _carries(pid, run_id):
-                run, rank = (procfs.read_variable(pid, name) for name in (b"AELASTIC_RUN_ID", b"AELASTIC_RANK"))
-                origins[member.identity] = run, int(rank) if rank.isdecimal() else UNCLAIMED
+            if member.alive and member.started >= since and not _note_origin(member, run_id, origins):
+                undecided.append(member)
         if not new:
             break
+    for _ in range(EXEC_LOOKS):
+        undecided = [member for member in undecided if not _note_origin(member, run_id, origins)]
+        if not undecided:
+            break
+        time.sleep(EXEC_PAUSE)
     return seen, origins
 
 
-def _carries(pid: int, run_id: str) -> bool:
-    return f":{run_id}:" in procfs.read_variable(pid, procfs.LINEAGE)
+def _note_origin(member: Member, run_id: str, origins: dict[Identity, Origin]) -> bool:
+    """Note where a process that carries the run's lineage comes from; False when it can't tell yet."""
+    if f":{run_id}:" in procfs.read_variable(member.pid, procfs.LINEAGE):
+        run, rank = (procfs.read_variable(member.pid, name) for name in (b"AELASTIC_RUN_ID", b"AELASTIC_RANK"))
+        origins[member.identity] = run, int(rank) if rank.isdecimal() else UNCLAIMED
+        return True
+    return not member.session or not procfs.is_being_executed(member.pid)  # kernel threads have no session
 
 
 def _runs(leader: Leader) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from aelastic._child import procfs
 from aelastic._process import Tree
 from aelastic._process.signals import Groups, signal_members
 from tests.real import children
@@ -347,3 +348,31 @@ async def test_a_look_that_proc_does_not_answer_is_given_up(monkeypatch: pytest.
         tree._next_look = None
         stuck.cancel()
         assert (await press(tree, signal.SIGKILL, NET))[0]
+
+
+async def test_one_that_is_just_being_executed_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the midst of execve(2) it shows no environment, and with its parent gone and its session left nothing else."""
+    code = f"""
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        print(os.getpid(), flush=True); {SLEEP}
+    os._exit(0)
+os.wait()
+"""
+    async with children.tree() as tree, child(*python(code)) as started:
+        pid = int(await started.line())
+        tree.add(0, started.process)
+        await started.process.exited
+        real, hidden = procfs.read, 6
+
+        def read(path: str) -> bytes:
+            nonlocal hidden
+            if path in (f"/proc/{pid}/environ", f"/proc/{pid}/cmdline") and hidden:
+                hidden -= 1
+                return b""
+            return real(path)
+
+        monkeypatch.setattr(procfs, "read", read)
+        assert [member.pid for member in await tree.members(0)] == [pid]
+        os.kill(pid, signal.SIGKILL)
