@@ -9,7 +9,7 @@ General layout. A file imports only from floors below its own:
     floor 3   _worker                             one incarnation of a rank: its process, its output, its end
     floor 2   _process/ _logs/ _function/ _bus _guard _evidence _tasks _threads _limits _contagion _descriptors
                                                   machines that touch the OS
-    floor 1   _spec _lifecycle _restart _logs/ (plan, lines)                         rules: no await, no clock
+    floor 1   _spec _lifecycle _restart _logs/ (plan, lines, prefix)                 rules: no await, no clock
     floor 0   _std _exit _policies _failures _results _events                        words: values
     cellar    _child/                             what runs inside other processes; standard library only
 
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from ._failures import SignalException as SignalException
     from ._failures import StreamNotCaptured as StreamNotCaptured
     from ._logs import DefaultLogsSpecs as DefaultLogsSpecs
+    from ._logs import LineOrigin as LineOrigin
     from ._logs import Lines as Lines
     from ._logs import LogsDest as LogsDest
     from ._logs import LogsSpecs as LogsSpecs
@@ -83,7 +84,7 @@ _HOMES = {
     ),
     "_exit": "ExitStatus",
     "_failures": "ChildFailedError LineNotSeen ProcessFailure RankMappingError SignalException StreamNotCaptured",
-    "_logs": "DefaultLogsSpecs Lines LogsDest LogsSpecs",
+    "_logs": "DefaultLogsSpecs LineOrigin Lines LogsDest LogsSpecs",
     "_policies": "Backoff RestartPolicy Rotate StopPolicy WorkerOptions",
     "_results": "ExitUsage LineMatch LogLine RunProcsResult Survivor",
     "_signals": "forward_signals",

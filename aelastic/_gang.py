@@ -141,6 +141,7 @@ class Gang:
             hub=machines.hub,
             on_lost=self._output_lost,
             on_broken=self._broken,
+            prefix=self.terms.dest.prefix,
             buffer_bytes=self.terms.dest.buffer_bytes,
         )
 

@@ -37,6 +37,7 @@ class RunSpec:
     envs: Mapping[int, Mapping[str, str]]
     """What the caller lays over the inherited environment."""
     prefixes: Mapping[int, str]
+    """By rank, of the ranks whose lines have a prefix of their own."""
     filters: Mapping[Std, tuple[str, ...] | None]
     """By stream: the words a line must hold to go to the filter file; None without one."""
     start_method: StartMethod
@@ -214,16 +215,15 @@ def _environment(what: str, env: object) -> Mapping[str, str]:
 
 
 def _prefixes(name: str, prefixes: object, nprocs: int) -> Mapping[int, str]:
-    defaults = {rank: f"[{name}{rank}]:" for rank in range(nprocs)}
     if prefixes is None:
-        return defaults
+        return {}
     if not isinstance(prefixes, Mapping):
         raise TypeError(f"{name}: log_line_prefixes must map ranks to strings, not {prefixes!r}")
     _check_ranks(f"{name}: log_line_prefixes", prefixes, nprocs, every=False)
     for rank, prefix in prefixes.items():
         if not isinstance(prefix, str):
             raise TypeError(f"{name}: log_line_prefixes[{rank}] must be a string, not {prefix!r}")
-    return defaults | dict(prefixes)
+    return dict(prefixes)
 
 
 def _filters(name: str, what: str, filters: object) -> tuple[str, ...] | None:

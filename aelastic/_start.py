@@ -42,7 +42,8 @@ def start_processes(
             and paths as they are; a bare string in place of a tuple is one argument.
         envs: the same ranks to variables, laid over the inherited environment; None for none.
         logs_specs: where output goes, such as `DefaultLogsSpecs(tee=Std.ALL)`; None inherits both streams.
-        log_line_prefixes: by rank, for lines on the console; `[{name}{rank}]:` where nothing is given.
+        log_line_prefixes: by rank, for lines on the console; `LogsDest.prefix`, by default `[{name}{rank}]:`, where
+            nothing is given.
         start_method: how a function's worker is made; a command doesn't care.
         duplicate_stdout_filters: lines of tee'd stdout that hold any of these also go to one file for all ranks.
         duplicate_stderr_filters: the same for stderr.

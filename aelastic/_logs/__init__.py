@@ -5,7 +5,7 @@ The door; the rest of the house imports from here only.
 A byte's walk: `pump` reads it from the worker's pipe (`pipes`, in its turn: `turns`) and puts it to its file sink first
 (`files`; on disk: `desk`, `logfile`, `pieces`); then through `lines` to the console (`voice`, `console`, `terminal`),
 the filter files, and the `hub`, from whose `tail` the `subscribers` read. `plan` decides which of these a stream has,
-`specs` names the files, `outputs` owns all streams of one attempt.
+`prefix` makes what stands before a line, `specs` names the files, `outputs` owns all streams of one attempt.
 """
 
 from .console import Console
@@ -13,6 +13,7 @@ from .files import Journal
 from .hub import LineHub
 from .outputs import Outputs
 from .plan import DEFAULT_BUFFER_BYTES, LogsDest, LogsSpecs, Plans, Route, StreamPlan, plan
+from .prefix import LineOrigin
 from .specs import DefaultLogsSpecs, InheritLogsSpecs
 from .subscribers import Lines
 
@@ -23,6 +24,7 @@ __all__ = [
     "InheritLogsSpecs",
     "Journal",
     "LineHub",
+    "LineOrigin",
     "Lines",
     "LogsDest",
     "LogsSpecs",

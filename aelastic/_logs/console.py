@@ -32,7 +32,8 @@ from typing import Any, final
 from aelastic._std import Std
 
 from .lines import NEWLINE, Piece, rest_of
-from .terminal import MOST_PIECES, Terminal, key_of, terminal_of
+from .prefix import Prefix
+from .terminal import MOST_PIECES, Terminal, is_terminal, key_of, terminal_of
 from .voice import Voice
 
 STALLED_AFTER = 0.25
@@ -241,10 +242,11 @@ class Console:
         self._streams: dict[Std, Any] = {Std.OUT: sys.stdout, Std.ERR: sys.stderr}
         self._leased: dict[Std, tuple[object, Place]] = {}
 
-    def voice(self, std: Std, prefix: bytes, path: str) -> Voice | None:
+    def voice(self, std: Std, prefix: Prefix, path: str, *, rank: int = 0) -> Voice | None:
         """Give a stream its way to the console; None when the host has no such stream, or it is closed.
 
         Args:
+            prefix: shown in its rank's colour on a terminal, unless NO_COLOR (no-color.org) or TERM=dumb says no.
             path: the stream's file, for the marker.
         """
         if std not in self._leased:
@@ -255,7 +257,10 @@ class Console:
                 self._lease(std, stream)
             except (OSError, ValueError):
                 return None
-        return Voice(self._leased[std][1], std, prefix, path)
+        coloured = (
+            is_terminal(self._streams[std]) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        )
+        return Voice(self._leased[std][1], std, prefix.coloured(rank) if coloured else prefix, path)
 
     def _lease(self, std: Std, stream: Any) -> None:
         key = key_of(stream)

@@ -30,7 +30,7 @@ class Prefixed:
     """
 
     def __init__(self, prefix: bytes) -> None:
-        self._prefix = prefix
+        self.prefix = prefix
         self._joint = NEWLINE + prefix
         self._whole: list[Piece] = []
         self.whole_bytes = 0
@@ -47,11 +47,17 @@ class Prefixed:
         """Whether a line has begun and not ended."""
         return self.held_bytes > self._bare_bytes
 
+    def renew(self, prefix: bytes) -> None:
+        """Let the lines that have not begun yet have another prefix."""
+        self.prefix, self._joint = prefix, NEWLINE + prefix
+        if not self.unfinished:
+            self.forget()
+
     def feed(self, chunk: bytes) -> int:
         """Take a chunk; return how many lines it ended."""
-        shown: bytes = chunk.replace(NEWLINE, self._joint) if self._prefix else chunk
+        shown: bytes = chunk.replace(NEWLINE, self._joint) if self.prefix else chunk
         grown = len(shown) - len(chunk)
-        lines = grown // len(self._prefix) if self._prefix else chunk.count(NEWLINE)
+        lines = grown // len(self.prefix) if self.prefix else chunk.count(NEWLINE)
         if not lines:
             self.held.append(shown)
             self.held_bytes += len(shown)
@@ -61,7 +67,7 @@ class Prefixed:
         self._whole.append(memoryview(shown)[:cut])
         self.whole_bytes += self.held_bytes + cut
         self.whole_lines += lines
-        self._hold([shown[cut:]], bare_bytes=len(self._prefix))
+        self._hold([shown[cut:]], bare_bytes=len(self.prefix))
         return lines
 
     def take(self) -> list[Piece]:
@@ -80,7 +86,7 @@ class Prefixed:
 
     def forget(self) -> None:
         """Drop the unfinished line; what follows is taken for a line of its own."""
-        self._hold([self._prefix], bare_bytes=len(self._prefix))
+        self._hold([self.prefix], bare_bytes=len(self.prefix))
 
     def take_unfinished(self) -> list[Piece]:
         """Hand over the beginning of a line that is too long to be held; what follows continues it."""
@@ -108,8 +114,8 @@ class Matching:
     """
 
     def __init__(self, words: Sequence[bytes], prefix: bytes) -> None:
+        self.prefix = prefix
         self._words = words
-        self._prefix = prefix
         self._held: list[bytes] = []
         self._held_bytes = 0
 
@@ -142,7 +148,7 @@ class Matching:
         return any(word in text for word in self._words)
 
     def _shown(self, line: bytes) -> bytes:
-        return self._prefix + line[:MATCH_BYTES] + NEWLINE
+        return self.prefix + line[:MATCH_BYTES] + NEWLINE
 
 
 def rest_of(pieces: Sequence[Piece], written: int) -> list[Piece]:

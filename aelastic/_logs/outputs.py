@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import final
@@ -21,6 +22,7 @@ from .lines import Matching
 from .logfile import open_for_append
 from .pipes import OutputPipe, open_pipes
 from .plan import DEFAULT_BUFFER_BYTES, Plans, Route, StreamPlan
+from .prefix import DEFAULT_PREFIX, LinePrefix, Prefix
 from .pump import Pump
 
 TAIL_LINES = 40
@@ -39,6 +41,7 @@ class Outputs:
         *,
         name: str,
         prefixes: Mapping[int, str],
+        prefix: LinePrefix,
         filters: Mapping[Std, Sequence[str] | None],
         executor: Executor,
         console: Console,
@@ -48,7 +51,9 @@ class Outputs:
     ) -> None:
         self._plans = plans
         self._name = name
-        self._prefixes = prefixes
+        self._given_prefixes = prefixes
+        self._prefix = prefix
+        self._prefixes: dict[Key, Prefix] = {}
         self._filters = filters
         self._executor = executor
         self._console = console
@@ -78,26 +83,30 @@ class Outputs:
         hub: LineHub,
         on_lost: Callable[[int, Std, int, str], None],
         on_broken: Callable[[BaseException], None],
+        prefix: LinePrefix = DEFAULT_PREFIX,
         buffer_bytes: int = DEFAULT_BUFFER_BYTES,
     ) -> Outputs:
         """Make the pipes and begin to open the files, which goes on while the first workers are started.
 
         Args:
             plans: both streams of every rank of the attempt.
-            prefixes: by rank, what stands before each line on the console and in the filter files.
+            prefixes: by rank, what stands before each line on the console and in the filter files, as it is.
             filters: by stream, the words of the filter file.
             executor: where everything runs that touches the disk.
             on_lost: called with rank, stream, bytes and reason when a file begins to lose output.
             on_broken: called with an error of our own; the streams it hit are at their end.
+            prefix: of the ranks without one in `prefixes`.
             buffer_bytes: how much of a stream may wait for its file before its worker is held back.
 
         Raises:
             OSError: if descriptors run out; nothing is left open then.
+            Exception: what a callable `prefix` raises.
         """
         outputs = cls(
             plans,
             name=name,
             prefixes=prefixes,
+            prefix=prefix,
             filters=filters,
             executor=executor,
             console=console,
@@ -110,6 +119,7 @@ class Outputs:
 
     def _prepare(self, hub: LineHub, attempt: int) -> None:
         piped = [(rank, std) for rank, of_rank in self._plans.items() for std in STREAMS if self._is_piped(rank, std)]
+        self._prefixes = {key: self._prefix_of(*key) for key in piped}
         try:
             pipes = open_pipes(len(piped))
         except OSError as error:
@@ -129,9 +139,15 @@ class Outputs:
     def _is_piped(self, rank: int, std: Std) -> bool:
         return self._plans[rank][std].route is Route.PIPE
 
+    def _prefix_of(self, rank: int, std: Std) -> Prefix:
+        if rank in self._given_prefixes:
+            return Prefix.fixed(self._given_prefixes[rank])
+        host = os.uname().nodename
+        return Prefix.of(self._prefix, name=self._name, rank=rank, std=std, host=host, now_ns=time.time_ns())
+
     def _pump(self, key: Key, stream: HubStream) -> Pump:
         rank, std = key
-        plan, prefix = self._plans[rank][std], self._prefixes.get(rank, "").encode()
+        plan, prefix = self._plans[rank][std], self._prefixes[key]
         words = [word.encode() for word in self._filters.get(std) or ()]
         if plan.path:
             self._sinks[key] = self._sink(plan)
@@ -139,8 +155,9 @@ class Outputs:
             self._pipes[key],
             stream,
             file=self._sinks.get(key),
-            voice=self._console.voice(std, prefix, plan.path) if plan.console else None,
-            matching=Matching(words, prefix) if plan.filtered else None,
+            voice=self._console.voice(std, prefix, plan.path, rank=rank) if plan.console else None,
+            matching=Matching(words, prefix.at(0)) if plan.filtered else None,
+            prefix=prefix,
             filtered=self._filter_sink(plan) if plan.filtered else None,
             on_broken=self._on_broken,
         )

@@ -16,6 +16,8 @@ from typing import final
 from aelastic._policies import Rotate
 from aelastic._std import STREAMS, Std
 
+from .prefix import DEFAULT_PREFIX, LinePrefix
+
 DEFAULT_BUFFER_BYTES = 4 << 20
 """Default of `LogsDest.buffer_bytes`."""
 
@@ -49,6 +51,9 @@ class LogsDest:
     """The file of the run's events, one JSON object a line; `""` for none."""
     buffer_bytes: int = DEFAULT_BUFFER_BYTES
     """How much of one stream may wait for its file before the worker is held back. Default 4 MiB."""
+    prefix: LinePrefix = DEFAULT_PREFIX
+    """What stands before each line on the console and in the filter files, of ranks without a prefix of their own
+    (`log_line_prefixes`). Default `[{name}{rank}]:`."""
 
 
 class LogsSpecs(ABC):

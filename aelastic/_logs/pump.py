@@ -16,6 +16,7 @@ from .files import FileSink
 from .hub import HubStream
 from .lines import NEWLINE, Matching
 from .pipes import OutputPipe
+from .prefix import Prefix
 from .turns import TURN, Turns
 from .voice import Voice
 
@@ -42,6 +43,7 @@ class Pump:
         file: None for a stream without one.
         voice: None for a stream that isn't shown.
         matching: picks lines for `filtered`.
+        prefix: of the lines of `filtered`.
         on_broken: called with an error of our own; the stream is then at its end.
     """
 
@@ -53,6 +55,7 @@ class Pump:
         file: FileSink | None = None,
         voice: Voice | None = None,
         matching: Matching | None = None,
+        prefix: Prefix | None = None,
         filtered: FileSink | None = None,
         on_broken: Callable[[BaseException], None],
     ) -> None:
@@ -64,6 +67,7 @@ class Pump:
         self._pipe = pipe
         self._voice = voice
         self._matching = matching
+        self._prefix = prefix
         self._filtered = filtered
         self._on_broken = on_broken
         self._loop = loop
@@ -146,6 +150,7 @@ class Pump:
     def _read(self, until: float, most: int) -> bool:
         """Read until the pipe is empty, the time is up, or enough is read; return whether there may be more."""
         fd, at_ns, now, size = self._pipe.read_fd, time.time_ns(), self._loop.time(), 0
+        self._renew_prefixes(at_ns)
         chunk = b""
         try:
             while size < most:
@@ -179,6 +184,12 @@ class Pump:
                 self._unlisten()
                 self._looked_at, self._idle_looks = True, 0
                 self._turns.look_at(self)
+
+    def _renew_prefixes(self, at_ns: int) -> None:
+        if self._voice is not None:
+            self._voice.renew(at_ns)
+        if self._matching is not None and self._prefix is not None and self._prefix.changes:
+            self._matching.prefix = self._prefix.at(at_ns)
 
     def _hand_on(self, chunk: bytes, at_ns: int, now: float) -> None:
         if self.file is not None:

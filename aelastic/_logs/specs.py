@@ -16,7 +16,8 @@ from typing import final
 from aelastic._policies import Rotate
 from aelastic._std import Std, to_map
 
-from .plan import LogsDest, LogsSpecs
+from .plan import DEFAULT_BUFFER_BYTES, LogsDest, LogsSpecs
+from .prefix import DEFAULT_PREFIX, LinePrefix, check_prefix
 
 JOURNAL = "events.jsonl"
 NO_RUN_ID = "run"
@@ -41,9 +42,18 @@ class DefaultLogsSpecs(LogsSpecs):
         capture: streams piped for `lines()`, without file or console unless asked for too.
         rotate: cuts files into pieces; None (default) doesn't.
         timestamps: whether a time index is written beside each file. Default False.
+        prefix: what stands before each line on the console and in the filter files: a format string of the fields
+            `{name} {rank} {std} {host} {time}`, such as `"{time:%H:%M:%S} {rank} {std} "`, or a callable that is given
+            a `LineOrigin`. `log_line_prefixes` of `start_processes` overrides it. One that tells the time, or is a
+            callable, is asked once for all lines that are read at one time, in the event loop; what a callable raises
+            fails the run. Default `"[{name}{rank}]:"`.
+        buffer_bytes: how much of one stream may wait for its file before the worker is held back; a batch that is
+            being read (at most 1 MiB) may come on top. Default 4 MiB.
 
     Raises:
         NotADirectoryError: if `log_dir` is a file.
+        TypeError: if `prefix` is neither a string nor a callable, or `buffer_bytes` no whole number.
+        ValueError: if `prefix` names an unknown field or has a newline in it, or `buffer_bytes` is less than 1.
     """
 
     def __init__(
@@ -56,6 +66,8 @@ class DefaultLogsSpecs(LogsSpecs):
         capture: Std | Mapping[int, Std] = Std.NONE,
         rotate: Rotate | None = None,
         timestamps: bool = False,
+        prefix: LinePrefix = DEFAULT_PREFIX,
+        buffer_bytes: int = DEFAULT_BUFFER_BYTES,
     ) -> None:
         root = None if log_dir is None or log_dir == "" else os.fspath(log_dir)
         if root is not None and root != os.devnull:
@@ -65,6 +77,8 @@ class DefaultLogsSpecs(LogsSpecs):
         self._capture = capture
         self._rotate = rotate
         self._timestamps = timestamps
+        self._prefix = check_prefix(prefix)
+        self._buffer_bytes = _checked_size("buffer_bytes", buffer_bytes)
         self._lock = threading.Lock()
         self._run_dirs: dict[str, str] = {}
 
@@ -129,6 +143,8 @@ class DefaultLogsSpecs(LogsSpecs):
             captures=captures,
             rotate=self._rotate,
             timestamps=self._timestamps,
+            prefix=self._prefix,
+            buffer_bytes=self._buffer_bytes,
             run_dir=run_dir,
             journal=os.path.join(run_dir, JOURNAL),
         )
@@ -169,7 +185,17 @@ class DefaultLogsSpecs(LogsSpecs):
             self._capture,
             self._rotate,
             self._timestamps,
+            self._prefix,
+            self._buffer_bytes,
         )
+
+
+def _checked_size(what: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{what} must be a whole number, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{what} must be 1 or more, not {value}")
+    return value
 
 
 def _check_directory(path: str) -> None:

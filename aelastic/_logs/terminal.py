@@ -49,6 +49,13 @@ def key_of(stream: Any) -> object:
     return id(stream)
 
 
+def is_terminal(stream: Any) -> bool:
+    """Whether a person's terminal shows it."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or some object with a `write`
+        return bool(stream.isatty())
+    return False
+
+
 def terminal_of(stream: Any) -> Terminal:
     """The way to a stream's end.
 

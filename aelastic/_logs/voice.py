@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, final
 from aelastic._std import Std
 
 from .lines import NEWLINE, Piece, Prefixed
+from .prefix import Prefix
 
 if TYPE_CHECKING:
     from .console import Place
@@ -25,7 +26,7 @@ HELD_BYTES = 1 << 20
 class Voice:
     """A stream's place in the conversation. Used from one loop; its `interrupted` is set by others, under the lock."""
 
-    def __init__(self, place: Place, std: Std, prefix: bytes, path: str) -> None:
+    def __init__(self, place: Place, std: Std, prefix: Prefix, path: str) -> None:
         self.std = std
         self.interrupted = False
         """Whether another stream's newline ended the unfinished line, of which a part was shown."""
@@ -33,7 +34,7 @@ class Voice:
         self._place = place
         self._prefix = prefix
         self._path = path
-        self._view = Prefixed(prefix)
+        self._view = Prefixed(prefix.at(0))
         self._shown = 0
         """How many pieces of the unfinished line are on the console."""
         self._passing = False
@@ -73,6 +74,11 @@ class Voice:
             return
         with self._place.lock:
             self._place.break_hold(time.monotonic())
+
+    def renew(self, at_ns: int) -> None:
+        """Let what begins now have the prefix of this time, nanoseconds since the epoch, where it tells the time."""
+        if self._prefix.changes:
+            self._view.renew(self._prefix.at(at_ns))
 
     def feed(self, chunk: bytes) -> int:
         """Take a chunk; return how many lines it ended."""
@@ -174,7 +180,7 @@ class Voice:
     def _continuing(self, pieces: list[Piece]) -> list[Piece]:
         """What of the line's pieces is to be said: what is on the console already is not, unless it was interrupted."""
         if self._passing and self._place.unfinished is not self:
-            return [self._prefix, *pieces]
+            return [self._view.prefix, *pieces]
         return pieces[self._shown :] if self._place.unfinished is self else pieces
 
     def _put(self, pieces: list[Piece]) -> None:
@@ -200,7 +206,7 @@ class Voice:
         what = "1 line was" if self._left_out == 1 else f"{self._left_out} lines were"
         self._left_out = 0
         where = f"; everything is in {self._path}" if self._path else ""
-        return [self._prefix, f"({what} left out here: the console was stalled{where})\n".encode()]
+        return [self._view.prefix, f"({what} left out here: the console was stalled{where})\n".encode()]
 
 
 def _after_first_line(pieces: list[Piece]) -> list[Piece]:

@@ -28,7 +28,8 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="start ranks of a command and wait for them",
         description="Start N ranks of COMMAND and wait for them. Exits with the code of the first that failed, 128 and"
         " its signal if one killed it; SIGINT and SIGTERM stop them all, a second one kills them.",
-        usage="aelastic run [-n N] [--tee STD] [--redirects STD] [--log-dir DIR] [--name NAME] -- COMMAND...",
+        usage="aelastic run [-n N] [--tee STD] [--redirects STD] [--log-dir DIR] [--name NAME] [--prefix FORMAT]"
+        " -- COMMAND...",
     )
     parser.add_argument("-n", "--nprocs", type=count, default=1, metavar="N", help="how many ranks (default: 1)")
     parser.add_argument(
@@ -40,6 +41,10 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     parser.add_argument("--log-dir", metavar="DIR", help="where the run's folder is made (default: a temporary one)")
     parser.add_argument("--name", help="what the run is called in reports and prefixes (default: the command's name)")
+    parser.add_argument(
+        "--prefix", metavar="FORMAT",
+        help="what begins each line of a tee, of {name} {rank} {std} {host} {time}: '{time:%%H:%%M:%%S} {rank} '",
+    )  # fmt: skip
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help=argparse.SUPPRESS)
     parser.set_defaults(call=lambda options: call(parser, options))
 
@@ -110,7 +115,6 @@ async def start(options: argparse.Namespace) -> PContext:
         program,
         args=dict.fromkeys(ranks, tuple(args)),
         logs_specs=destination(options),
-        log_line_prefixes=None if options.name else {rank: f"[{rank}]:" for rank in ranks},
     )
 
 
@@ -118,7 +122,8 @@ def destination(options: argparse.Namespace) -> LogsSpecs | None:
     """Where output goes; None, plain inheritance without a folder, unless anything was asked for."""
     if options.log_dir is None and options.tee == Std.NONE and options.redirects == Std.NONE:
         return None
-    return DefaultLogsSpecs(options.log_dir, redirects=options.redirects, tee=options.tee)
+    prefix = options.prefix or ("[{name}{rank}]:" if options.name else "[{rank}]:")
+    return DefaultLogsSpecs(options.log_dir, redirects=options.redirects, tee=options.tee, prefix=prefix)
 
 
 @final

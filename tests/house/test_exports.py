@@ -15,7 +15,7 @@ from tests.house.source import ROOT
 
 NAMES = """
     start_processes PContext SubprocessContext MultiprocessContext Starting RunProcsResult
-    Std to_map LogsSpecs LogsDest DefaultLogsSpecs Rotate LogLine LineMatch
+    Std to_map LogsSpecs LogsDest DefaultLogsSpecs Rotate LogLine LineMatch LineOrigin
     ProcessFailure ChildFailedError RankMappingError StreamNotCaptured LineNotSeen SignalException
     record ErrorHandler WorkerOptions StopPolicy ExitStatus ExitUsage Survivor
     Event RunStarted AttemptStarted WorkerStarted WorkerExited WorkerFailed StopRequested WorkerSignaled

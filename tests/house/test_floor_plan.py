@@ -14,7 +14,7 @@ from tests.house.source import FILES, PACKAGE, Import, imports, place, tree
 CELLAR = "_child"
 FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("words", ("_std", "_exit", "_failures", "_policies", "_results", "_events", "_returned")),
-    ("rules", ("_spec", "_lifecycle", "_restart", "_logs/lines", "_logs/plan")),
+    ("rules", ("_spec", "_lifecycle", "_restart", "_logs/lines", "_logs/plan", "_logs/prefix")),
     ("tools of the machines", ("_tasks", "_threads", "_limits", "_contagion", "_descriptors")),
     ("machines", ("_bus", "_process", "_logs", "_evidence", "_health", "_guard")),
     ("functions", ("_function",)),

@@ -118,6 +118,7 @@ async def attempt(
     *,
     console: PipeConsole | None = None,
     filters: Mapping[Std, Sequence[str]] | None = None,
+    prefixes: Mapping[int, str] | None = None,
     threads: int = 2,
     settle: float = DEADLINE,
 ) -> AsyncIterator[Attempt]:
@@ -134,7 +135,8 @@ async def attempt(
         plan(dest, nprocs, filters or {}),
         name="job",
         attempt=0,
-        prefixes={rank: f"[job{rank}]:" for rank in range(nprocs)},
+        prefixes=prefixes or {},
+        prefix=dest.prefix,
         filters=filters or {},
         executor=executor,
         console=leased,

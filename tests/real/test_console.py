@@ -7,6 +7,7 @@ import io
 import os
 import re
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from aelastic._logs import Console, DefaultLogsSpecs
 from aelastic._logs import voice as voice_file
 from aelastic._logs.console import Place
+from aelastic._logs.prefix import Prefix
 from aelastic._logs.voice import Voice
 from aelastic._std import Std
 from tests.real.streams import PipeConsole, attempt, console_is, until
@@ -22,7 +24,7 @@ from tests.real.streams import PipeConsole, attempt, console_is, until
 
 def speaker(console: Console, rank: int, std: Std = Std.OUT) -> Voice:
     """A stream's way to the console."""
-    voice = console.voice(std, f"[{rank}]:".encode(), f"/logs/{rank}.log")
+    voice = console.voice(std, Prefix.fixed(f"[{rank}]:"), f"/logs/{rank}.log", rank=rank)
     assert voice is not None
     return voice
 
@@ -293,8 +295,8 @@ async def test_a_host_without_streams_shows_nothing() -> None:
     closed.close()
     with console_is(None, closed):
         console = Console()
-    assert console.voice(Std.OUT, b"", "") is None
-    voice = console.voice(Std.ERR, b"", "")
+    assert console.voice(Std.OUT, Prefix.fixed(""), "") is None
+    voice = console.voice(Std.ERR, Prefix.fixed(""), "")
     if voice is not None:
         said(voice, b"line\n")
     assert await console.settled(30)
@@ -325,3 +327,50 @@ def test_the_register_of_places_is_empty_between_runs() -> None:
     """Nothing process-wide stays when no run is left."""
     assert Console._places == {}
     assert Place.__name__ not in [type(thread).__name__ for thread in threading.enumerate()]
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
+async def test_prefixes_are_coloured_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_color: str, coloured: bool
+) -> None:
+    """Each rank in a colour of its own, unless NO_COLOR is set; the filter file has none."""
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", "xterm")
+    controller, terminal = os.openpty()
+    with open(controller, "rb", buffering=0) as screen, os.fdopen(terminal, "w") as text:
+        with console_is(text):
+            specs = DefaultLogsSpecs(str(tmp_path), tee=Std.OUT, prefix="{rank}>")
+            async with attempt(specs, 2, filters={Std.OUT: ["hi"]}) as streams:
+                for rank in range(2):
+                    await streams.write(b"hi\n", rank)
+                    await streams.end(rank)
+                path = streams.dest.filtered_stdout
+        shown = b""
+        while shown.count(b"\n") < 2:
+            shown += screen.read(1000)
+    expected = [b"\x1b[36m0>\x1b[0mhi", b"\x1b[33m1>\x1b[0mhi"] if coloured else [b"0>hi", b"1>hi"]
+    assert shown.splitlines() == expected
+    assert Path(path).read_bytes() == b"0>hi\n1>hi\n"
+
+
+async def test_prefixes_of_ranks_and_of_the_specs(tmp_path: Path) -> None:
+    """A rank's own prefix comes first; a time tells when the line began, in the filter file too."""
+    console = PipeConsole()
+    console.read_on()
+    specs = DefaultLogsSpecs(str(tmp_path), tee=Std.OUT, prefix="{time:%Y}-{rank} ")
+    year = datetime.now(UTC).astimezone().strftime("%Y").encode()
+    async with attempt(specs, 2, console=console, filters={Std.OUT: ["a"]}, prefixes={0: "{mine} "}) as streams:
+        for rank in range(2):
+            await streams.write(b"a\n", rank)
+            await streams.end(rank)
+        path = streams.dest.filtered_stdout
+    assert console.close() == b"{mine} a\n" + year + b"-1 a\n"
+    assert sorted(Path(path).read_bytes().splitlines()) == sorted([b"{mine} a", year + b"-1 a"])
+
+
+async def test_a_prefix_that_raises_at_the_start_leaves_nothing_open(tmp_path: Path) -> None:
+    """Its error is the start's, before any pipe is made."""
+    specs = DefaultLogsSpecs(str(tmp_path), tee=Std.OUT, prefix=lambda origin: str(1 // origin.rank))
+    with pytest.raises(ZeroDivisionError):
+        async with attempt(specs):
+            pass
