@@ -3,14 +3,14 @@
 General layout. A file imports only from floors below its own:
 
     doors     __init__ (lazy)   worker (standard library only)   cli/
-    floor 5   _start, _context, _run, _signals    a run: from start to result; the caller's handle on it
+    floor 5   _start, _context, _readiness, _run, _signals   a run: from start to result; the caller's handle on it
               _succession                         the attempts of a gang, or of a rank, one after the other
     floor 4   _gang, _attempt                     one attempt: start all, watch all, stop all
     floor 3   _worker                             one incarnation of a rank: its process, its output, its end
-    floor 2   _process/ _logs/ _function/ _bus _guard _evidence _tasks _threads _limits _contagion _descriptors
-                                                  machines that touch the OS
-    floor 1   _spec _lifecycle _restart _logs/ (plan, lines, prefix)                 rules: no await, no clock
-    floor 0   _std _exit _policies _failures _results _events                        words: values
+    floor 2   _process/ _logs/ _function/ _health/ _bus _guard _evidence _tasks _threads _limits _contagion
+              _descriptors                        machines that touch the OS
+    floor 1   _spec _lifecycle _restart _logs/ (plan, lines)                         rules: no await, no clock
+    floor 0   _std _exit _policies _conditions _failures _results _events                   words: values
     cellar    _child/                             what runs inside other processes; standard library only
 
 A byte goes `_worker` -> `_logs/pump` -> the file first, then `_logs/lines` -> console, filters, subscribers.
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from ._bus import Events as Events
     from ._child.record import ErrorHandler as ErrorHandler
     from ._child.record import record as record
+    from ._conditions import HealthPolicy as HealthPolicy
+    from ._conditions import HttpGet as HttpGet
+    from ._conditions import LinePattern as LinePattern
+    from ._conditions import Notify as Notify
+    from ._conditions import TcpPort as TcpPort
     from ._context import MultiprocessContext as MultiprocessContext
     from ._context import PContext as PContext
     from ._context import Starting as Starting
@@ -42,8 +47,11 @@ if TYPE_CHECKING:
     from ._events import RunStarted as RunStarted
     from ._events import StopRequested as StopRequested
     from ._events import SurvivorsLeft as SurvivorsLeft
+    from ._events import UsageSampled as UsageSampled
+    from ._events import WatchdogExpired as WatchdogExpired
     from ._events import WorkerExited as WorkerExited
     from ._events import WorkerFailed as WorkerFailed
+    from ._events import WorkerReady as WorkerReady
     from ._events import WorkerSignaled as WorkerSignaled
     from ._events import WorkerStarted as WorkerStarted
     from ._events import WorkerUnkillable as WorkerUnkillable
@@ -54,6 +62,7 @@ if TYPE_CHECKING:
     from ._failures import RankMappingError as RankMappingError
     from ._failures import SignalException as SignalException
     from ._failures import StreamNotCaptured as StreamNotCaptured
+    from ._failures import WorkerNotReady as WorkerNotReady
     from ._logs import DefaultLogsSpecs as DefaultLogsSpecs
     from ._logs import LineOrigin as LineOrigin
     from ._logs import Lines as Lines
@@ -69,6 +78,7 @@ if TYPE_CHECKING:
     from ._results import LogLine as LogLine
     from ._results import RunProcsResult as RunProcsResult
     from ._results import Survivor as Survivor
+    from ._results import Usage as Usage
     from ._signals import forward_signals as forward_signals
     from ._start import start_processes as start_processes
     from ._std import Std as Std
@@ -77,16 +87,20 @@ if TYPE_CHECKING:
 _HOMES = {
     "_bus": "Events",
     "_child.record": "ErrorHandler record",
+    "_conditions": "HealthPolicy HttpGet LinePattern Notify TcpPort",
     "_context": "MultiprocessContext PContext Starting SubprocessContext",
     "_events": (
         "AttemptFinished AttemptStarted Event GuardLost OutputHeld OutputLost RestartScheduled RunFinished RunStarted"
-        " StopRequested SurvivorsLeft WorkerExited WorkerFailed WorkerSignaled WorkerStarted WorkerUnkillable"
+        " StopRequested SurvivorsLeft UsageSampled WatchdogExpired WorkerExited WorkerFailed WorkerReady WorkerSignaled"
+        " WorkerStarted WorkerUnkillable"
     ),
     "_exit": "ExitStatus",
-    "_failures": "ChildFailedError LineNotSeen ProcessFailure RankMappingError SignalException StreamNotCaptured",
+    "_failures": (
+        "ChildFailedError LineNotSeen ProcessFailure RankMappingError SignalException StreamNotCaptured WorkerNotReady"
+    ),
     "_logs": "DefaultLogsSpecs LineOrigin Lines LogsDest LogsSpecs",
     "_policies": "Backoff RestartPolicy Rotate StopPolicy WorkerOptions",
-    "_results": "ExitUsage LineMatch LogLine RunProcsResult Survivor",
+    "_results": "ExitUsage LineMatch LogLine RunProcsResult Survivor Usage",
     "_signals": "forward_signals",
     "_start": "start_processes",
     "_std": "Std to_map",

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from ._bus import Bus
+from ._ending import Cause, End
 from ._exit import ExitStatus
 from ._failures import ProcessFailure
 from ._function import ForkServer
 from ._guard import Watch
+from ._health import Ward
 from ._limits import check_descriptors, check_open
 from ._logs import Console, LineHub, LogsDest, Plans, Route
 from ._process import Tree
@@ -19,7 +21,6 @@ from ._results import Survivor
 from ._returned import Value
 from ._spec import RunSpec
 from ._threads import Threads
-from ._worker import Cause, End
 
 _DESCRIPTORS = {Route.INHERIT: 0, Route.DISCARD: 1, Route.FILE: 1, Route.PIPE: 4}
 """By route, what one stream of one rank has open: both ends of a pipe, the file and its index."""
@@ -40,9 +41,10 @@ def check_limits(spec: RunSpec, plans: Plans) -> None:
         OSError: EBADF or EMFILE, naming the run and what is missing.
     """
     check_open(spec.options.pass_fds, spec.name)
+    sockets = 0 if spec.health is None else spec.nprocs
     streams = sum(_DESCRIPTORS[plan.route] for streams in plans.values() for plan in streams.values())
     ranks = spec.nprocs * (2 if spec.is_command else 4)  # pidfds (ours and asyncio's) and pipes
-    check_descriptors(streams + ranks + TRANSIENT_DESCRIPTORS, spec.name)
+    check_descriptors(streams + ranks + sockets + TRANSIENT_DESCRIPTORS, spec.name)
 
 
 @final
@@ -59,6 +61,7 @@ class Machines:
     hub: LineHub
     console: Console
     watch: Watch
+    ward: Ward
     server: ForkServer
     starts: asyncio.Lock
     """Held for one start at a time, so that the loop has its turns while many ranks restart at once."""

@@ -35,6 +35,11 @@ class Bus:
         self._next_seq = 0
         self._waiting: set[asyncio.Future[None]] = set()
 
+    @property
+    def next_seq(self) -> int:
+        """The number of the next event."""
+        return self._next_seq
+
     def publish(self, fact: Event, *, attempt: int | None = None) -> None:
         """Number a fact, keep it and wake the readers; never blocks.
 

@@ -14,7 +14,8 @@ from typing import Any, Self, final, overload
 from ._bus import Events
 from ._logs import Lines
 from ._policies import check_signal
-from ._results import LineMatch, RunProcsResult
+from ._readiness import wait_ready
+from ._results import LineMatch, RunProcsResult, Usage
 from ._run import Run
 from ._std import Std
 from ._tasks import outlast
@@ -33,12 +34,15 @@ class PContext:
         self.name = run.spec.name
         self.nprocs = run.spec.nprocs
         self.run_id = run.run_id
-        self.log_dir = run.log_dir
-        """Directory of this run; `""` when logs are off."""
 
     def __repr__(self) -> str:
         state = "running" if self.result is None else self.result.outcome
         return f"<{type(self).__name__} {self.name!r} of {self.nprocs} ranks, {state}>"
+
+    @property
+    def log_dir(self) -> str:
+        """Directory of this run; `""` when logs are off."""
+        return self._run.log_dir
 
     @property
     def attempt(self) -> int:
@@ -64,6 +68,11 @@ class PContext:
     def error_files(self) -> dict[int, str]:
         """Paths by rank, of the current attempt; `""` where error files are off."""
         return self._run.error_files
+
+    @property
+    def ready_captures(self) -> dict[int, dict[str, str]]:
+        """By rank, what `LinePattern` captured in the current attempt; ranks without any are left out."""
+        return self._run.ready_captures()
 
     def pids(self) -> dict[int, int]:
         """Process ids by rank, of the ranks whose process is running."""
@@ -156,6 +165,41 @@ class PContext:
         ranks = self._ranks("wait_for_line", None if rank is None else [rank])
         return await self._run.hub.wait_for_line(pattern, ranks=ranks, std=std, timeout=timeout)
 
+    async def wait_ready(self, timeout: float | None = None) -> None:
+        """Wait until every rank is ready, as `HealthPolicy.ready` says; at once where that is None.
+
+        A rank that was ready counts until it fails. A run that may still restart is waited for.
+
+        Args:
+            timeout: seconds; None waits as long as it may still become true.
+
+        Raises:
+            TimeoutError: at the timeout, with what is missing; nobody is harmed.
+            WorkerNotReady: if a rank ended first, or was not ready within `HealthPolicy.ready_timeout`.
+
+        Cancellation: stops only the waiting.
+        """
+        await wait_ready(self._run, timeout)
+
+    async def dump_stacks(self, *, ranks: Collection[int] | None = None) -> dict[int, str]:
+        """The stacks of all threads of all Python processes of each rank, as text.
+
+        Functions and programs that use `record` show them even while C code holds the interpreter; other Python
+        programs are read by py-spy, where it is installed and allowed. Where there are none, the text says why.
+
+        Args:
+            ranks: which ranks; None for those that are running.
+
+        Raises:
+            RankMappingError: if a rank is none of this run.
+        """
+        chosen = self.pids() if ranks is None else self._ranks("dump_stacks", ranks)
+        return {} if self._run.ward is None else await self._run.ward.dump_stacks(tuple(chosen))
+
+    async def usage(self) -> dict[int, Usage]:
+        """What each running rank's tree uses now; ranks that have ended are left out."""
+        return {} if self._run.ward is None else await self._run.ward.meter.read()
+
     def send_signal(self, sig: int, *, ranks: Collection[int] | None = None) -> None:
         """Signal the process group of each rank; ranks that have ended are left out silently.
 
@@ -230,9 +274,11 @@ class Starting:
             raise RuntimeError("this start was used already: call start_processes again for another run")
         make, self._make = self._make, None
         run = make()
+        context = SubprocessContext(run) if run.spec.is_command else MultiprocessContext(run)
+        run.context = context
         run.begin()
         await outlast(run.started, on_cancel=lambda: run.stop(None, "its start was cancelled"))
-        return SubprocessContext(run) if run.spec.is_command else MultiprocessContext(run)
+        return context
 
     async def __aenter__(self) -> PContext:
         self._context = await self._open()

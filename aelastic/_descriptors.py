@@ -36,6 +36,17 @@ def open_socketpair() -> tuple[socket.socket, socket.socket]:
     return ends
 
 
+def open_datagram_socket() -> socket.socket:
+    """Make a datagram socket of this host that is ours; it is closed with `close_socket`.
+
+    Raises:
+        OSError: if no descriptor is left.
+    """
+    end = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    _owned.add(end.fileno())
+    return end
+
+
 def close_fd(fd: int) -> None:
     """Close what `open_pipe` gave."""
     _owned.discard(fd)  # first: its number may be another's as soon as it is closed
@@ -43,7 +54,7 @@ def close_fd(fd: int) -> None:
 
 
 def close_socket(end: socket.socket) -> None:
-    """Close what `open_socketpair` gave; idempotent."""
+    """Close what `open_socketpair` or `open_datagram_socket` gave; idempotent."""
     _owned.discard(end.fileno())
     end.close()
 

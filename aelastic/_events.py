@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, final
 
 from ._exit import ExitStatus, signal_name
 from ._failures import ProcessFailure
-from ._results import ExitUsage, Survivor
+from ._results import ExitUsage, Survivor, Usage
 from ._std import Std
 
 
@@ -106,6 +107,54 @@ class WorkerStarted(Event):
 
     def sentence(self) -> str:
         return f"rank {self.rank} runs as pid {self.pid}"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class WorkerReady(Event):
+    """A rank's condition of readiness has become true."""
+
+    rank: int
+    pid: int
+    seconds: float
+    """Since its start."""
+
+    def sentence(self) -> str:
+        return f"rank {self.rank} (pid {self.pid}) is ready after {self.seconds:.3f} s"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class WatchdogExpired(Event):
+    """A worker sent no heartbeat in time, or did not leave a block (`aelastic.worker.expires`): it is killed."""
+
+    rank: int
+    pid: int
+    seconds: float
+    """How long it had."""
+
+    def sentence(self) -> str:
+        return f"rank {self.rank} (pid {self.pid}) let its watchdog of {self.seconds:g} s expire"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class UsageSampled(Event):
+    """What the running ranks use, by rank (`HealthPolicy.usage_every`)."""
+
+    usages: Mapping[int, Usage]
+
+    def sentence(self) -> str:
+        cpu, memory = (sum(map(get, self.usages.values())) for get in (_cpu_seconds, _rss_bytes))
+        return f"{len(self.usages)} ranks have used {cpu:.1f} s of CPU and hold {memory / 2**20:.0f} MiB"
+
+
+def _cpu_seconds(usage: Usage) -> float:
+    return usage.cpu_seconds
+
+
+def _rss_bytes(usage: Usage) -> float:
+    return usage.rss_bytes
 
 
 @final

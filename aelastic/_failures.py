@@ -271,6 +271,24 @@ class LineNotSeen(Exception):
         return (type(self), (self.args[0], ()), {"tail": self.tail})
 
 
+class WorkerNotReady(Exception):
+    """A rank ended, or its time was over, before it was ready.
+
+    Args:
+        message: who is not ready, and what is missing.
+        failures: by rank, as far as they are known; empty when it ended without one.
+        tail: the last lines of its output.
+    """
+
+    def __init__(self, message: str, failures: Mapping[int, ProcessFailure], tail: Sequence[str] = ()) -> None:
+        super().__init__(with_tail(message, tail))
+        self.failures = dict(failures)
+        self.tail = tuple(tail)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.args[0], self.failures), {"tail": self.tail})
+
+
 def with_tail(message: str, tail: Sequence[str]) -> str:
     """A message with the last output under it."""
     return "\n".join([message, "last output:", *(f"  {line}" for line in tail)]) if tail else message

@@ -16,17 +16,20 @@ from typing import final
 
 from ._attempt import AttemptEnd, Machines, StartAbandoned, Terms
 from ._contagion import Contagion
+from ._ending import Cause, End
 from ._events import AttemptFinished, AttemptStarted, OutputLost, StopRequested
 from ._evidence import OomKills, count_oom_kills, failure_of_start
 from ._failures import ProcessFailure
 from ._function import Function
+from ._health import Monitor
 from ._lifecycle import State, schedule
 from ._logs import Outputs
 from ._policies import Step
 from ._process import Command, Process, launch, resolve
 from ._spec import RunSpec
 from ._std import Std
-from ._worker import Cause, End, Worker
+from ._tasks import first_of
+from ._worker import Worker
 
 
 @final
@@ -47,6 +50,9 @@ class Gang:
         self._publish = functools.partial(machines.bus.publish, attempt=terms.attempt)
         self._outputs: Outputs | None = None
         self._function: Function | None = None
+        self._monitors: dict[int, Monitor] = {}
+        self._disturbed: asyncio.Future[None] = self._loop.create_future()
+        """Done when a start that waits for readiness waits in vain: a rank failed, or a stop came."""
         self._stopped: Cause | None = None
         self._steps: tuple[Step, ...] = spec.stop.steps
         self._contagion = Contagion(
@@ -96,12 +102,25 @@ class Gang:
             self._machines.tree.add(rank, process)
             self._machines.watch.worker(rank, process.pid, process.held_ticks)
             self._opened.started(rank)
+            if self.spec.starts_in_order and not await self._may_follow(rank, process):
+                break
         await self._opened.opened()
-        for rank, process in processes.items():
-            self._starting = rank
-            await process.confirmed()
-            self.workers[rank] = self._employ(rank, process)
+        for rank in processes.keys() - self.workers.keys():
+            await self._confirm(rank, processes[rank])
         self._raise_if_stopped()
+
+    async def _confirm(self, rank: int, process: Process) -> Worker:
+        self._starting = rank
+        await process.confirmed()
+        worker = self.workers[rank] = self._employ(rank, process)
+        return worker
+
+    async def _may_follow(self, rank: int, process: Process) -> bool:
+        """Wait until this rank is ready, or has ended well, if another one waits for it; False if none may follow."""
+        worker = await self._confirm(rank, process)
+        if rank != self._ranks[-1]:
+            await first_of(worker.ready, worker.ended, self._disturbed)
+        return not self._disturbed.done()
 
     @property
     def _opened(self) -> Outputs:
@@ -144,6 +163,19 @@ class Gang:
             prefix=self.terms.dest.prefix,
             buffer_bytes=self.terms.dest.buffer_bytes,
         )
+        for rank in self._ranks:
+            self._observe(rank)
+
+    def _observe(self, rank: int) -> None:
+        """Make ready to observe a worker of this rank, and let it know how to talk to us."""
+        if self.spec.health is not None:
+            self._starting = rank
+            self._monitors[rank] = monitor = self._machines.ward.monitor(rank, self.spec.health)
+            self.terms.envs[rank].update(monitor.env)
+
+    def captures(self) -> dict[int, dict[str, str]]:
+        """By rank, what its line patterns captured; ranks without any are left out."""
+        return {rank: dict(captures) for rank, monitor in self._monitors.items() if (captures := monitor.captures)}
 
     @property
     def _cwd(self) -> str | None:
@@ -201,6 +233,8 @@ class Gang:
             returned=None if self._function is None else self._function.returned[rank],
             publish=self._publish,
             judge=self._judged,
+            monitor=self._monitors.get(rank),
+            ward=machines.ward,
         )
         worker.ended.add_done_callback(self._supervised)
         return worker
@@ -243,6 +277,7 @@ class Gang:
 
     def _stop_all(self, cause: Cause, why: str) -> None:
         self._stopped = cause
+        self._disturb()
         self._contagion.end()
         if self._outputs is not None:
             self._outputs.release()  # no reader holds a worker back any more
@@ -253,7 +288,12 @@ class Gang:
     def _judged(self, worker: Worker, *, failed: bool) -> None:
         """Decide what an exit means for the others."""
         if failed:
+            self._disturb()
             self._contagion.failed(f"rank {worker.rank} (pid {worker.pid}) failed")
+
+    def _disturb(self) -> None:
+        if not self._disturbed.done():
+            self._disturbed.set_result(None)
 
     def _broken(self, error: BaseException) -> None:
         """A machine of ours failed: the run must fail aloud, after everything was taken down."""
@@ -285,6 +325,8 @@ class Gang:
         if self._error is not None:
             await self._kill_unsupervised()
         self._contagion.end()
+        for monitor in self._monitors.values():
+            await monitor.close()
         if self._function is not None:
             await self._function.close()
         if self._outputs is not None:

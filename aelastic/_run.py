@@ -11,26 +11,30 @@ import itertools
 import json
 import os
 import secrets
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar, final
 
 from ._attempt import Machines, StartAbandoned, Terms, check_limits
 from ._bus import Bus
+from ._conditions import Question
 from ._contagion import Contagion
-from ._events import Event, GuardLost, RunFinished, RunStarted, StopRequested
+from ._ending import Cause
+from ._events import Event, GuardLost, RunFinished, RunStarted, StopRequested, UsageSampled
 from ._function import ForkServer
 from ._guard import watch
+from ._health import Ward
 from ._lifecycle import outcome
-from ._logs import Console, InheritLogsSpecs, Journal, LineHub, LogsDest, LogsSpecs, Plans, Route, plan
+from ._logs import Console, InheritLogsSpecs, Journal, LineHub, Lines, LogsDest, LogsSpecs, Plans, Route, plan
 from ._policies import Step
-from ._process import Tree
-from ._results import RunProcsResult
+from ._process import Tree, signal_alone
+from ._results import RunProcsResult, Usage
 from ._spec import RunSpec, worker_environments
+from ._std import Std
 from ._succession import Succession
-from ._tasks import ServiceTask, service
+from ._tasks import ServiceTask, first_of, service
 from ._threads import Threads
-from ._worker import Cause, Worker
+from ._worker import Worker
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -58,6 +62,9 @@ class Run:
         self.hub = LineHub(spec.name)
         self.log_dir = ""
         """Directory of the run; `""` when logs are off."""
+        self.ward: Ward | None = None
+        self.context: Any = None
+        """The caller's handle, for callables of `HealthPolicy.ready`."""
         self.result: RunProcsResult | None = None
         self.started: asyncio.Future[None] = loop.create_future()
         self.finished: asyncio.Future[RunProcsResult] = loop.create_future()
@@ -95,6 +102,14 @@ class Run:
     def _newest(self, paths: Callable[[LogsDest], Mapping[int, str]]) -> dict[int, str]:
         settled = [(each.ranks, paths(each.terms.dest)) for each in self._successions]
         return {rank: path for ranks, found in settled for rank, path in found.items() if rank in ranks}
+
+    def ready_captures(self) -> dict[int, dict[str, str]]:
+        """By rank, what line patterns captured of the newest incarnations."""
+        return {rank: captures for each in self._successions for rank, captures in each.captures().items()}
+
+    def may_restart(self, rank: int) -> bool:
+        """Whether a rank that has ended may yet be started again."""
+        return any(each.may_go_on for each in self._successions if rank in each.ranks)
 
     def pids(self) -> dict[int, int]:
         """By rank, of the workers whose process is running."""
@@ -168,6 +183,8 @@ class Run:
             self.run_id, stop=self.spec.stop, journal=terms.dest.journal, on_lost=self._guard_lost, executor=threads
         )
         stack.push_async_callback(watched.release)
+        self.ward = ward = self._open_ward(tree)
+        stack.push_async_callback(ward.close)
         server = ForkServer(self.spec.name, self.spec.options)
         stack.push_async_callback(server.close)
         console = Console()
@@ -183,10 +200,34 @@ class Run:
                 hub=self.hub,
                 console=console,
                 watch=watched,
+                ward=ward,
                 server=server,
                 starts=asyncio.Lock(),
             ),
         )
+
+    def _open_ward(self, tree: Tree) -> Ward:
+        ward = Ward(
+            self.spec.name,
+            pids=self.pids,
+            members=tree.members,
+            poke=signal_alone,
+            lines=self._lines_of,
+            ask=self._ask,
+        )
+        if self.spec.health is not None and self.spec.health.usage_every is not None:
+            ward.sample_usage(self.spec.health.usage_every, self._usage_sampled)
+        return ward
+
+    def _lines_of(self, rank: int, std: Std) -> Lines:
+        return self.hub.lines(ranks=[rank], std=std, lossless=True, partials=True)
+
+    def _ask(self, question: Question, rank: int) -> Awaitable[Any]:
+        return question(self.context, rank)
+
+    def _usage_sampled(self, usages: dict[int, Usage]) -> None:
+        if self._last is None:
+            self.bus.publish(UsageSampled(usages=usages))
 
     async def _on_disk(self, work: Callable[..., V], *args: Any) -> V:
         return await asyncio.get_running_loop().run_in_executor(self._disks, work, *args)
@@ -247,6 +288,8 @@ class Run:
                 lives.append(service(self._follow(succession), name=f"attempts of {self.spec.name}"))
                 await asyncio.wait({succession.started})
                 succession.started.result()
+                if self.spec.starts_in_order and not await self._may_follow(succession, lives[-1]):
+                    break
             self._contagion.all_started()
             self.started.set_result(None)
         except BaseException as error:
@@ -258,6 +301,22 @@ class Run:
             self._contagion.end()
         if self._error is not None:
             raise self._error
+
+    async def _may_follow(self, succession: Succession, life: ServiceTask[None]) -> bool:
+        """Wait until a rank that restarts by itself is ready, or has ended well; False if it failed for good."""
+        if succession is self._successions[-1]:
+            return True
+        while not (succession.ready or life.done() or self._stop is not None):
+            await self.news(life)
+        return not (life.done() and succession.failed)
+
+    async def news(self, *ends: asyncio.Future[Any]) -> None:
+        """Wait until anything happens to the run, or one of these is done."""
+        event = asyncio.ensure_future(self.bus.next(self.bus.next_seq))
+        try:
+            await first_of(event, self.finished, *ends)
+        finally:
+            event.cancel()
 
     def _raise_if_ended(self) -> None:
         if self._stop is not None or self._error is not None:

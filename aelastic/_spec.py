@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, final, get_args
 
+from ._conditions import HealthPolicy
 from ._failures import RankMappingError
 from ._policies import RestartPolicy, StopPolicy, WorkerOptions
 from ._std import Std
@@ -44,6 +45,8 @@ class RunSpec:
     options: WorkerOptions
     stop: StopPolicy
     restart: RestartPolicy
+    health: HealthPolicy | None
+    """None: nobody looks, and workers have no `NOTIFY_SOCKET`."""
 
     @property
     def nprocs(self) -> int:
@@ -59,6 +62,11 @@ class RunSpec:
     def restarts_ranks(self) -> bool:
         """Whether each rank restarts by itself."""
         return self.restart.scope == "rank"
+
+    @property
+    def starts_in_order(self) -> bool:
+        """Whether each rank waits until the one before it is ready."""
+        return self.health is not None and self.health.start_order == "sequential"
 
     def who(self, rank: int) -> str:
         """The run and rank as error texts name them."""
@@ -93,6 +101,7 @@ def check(
     options: WorkerOptions | None,
     stop: StopPolicy | None,
     restart: RestartPolicy | None = None,
+    health: HealthPolicy | None = None,
 ) -> RunSpec:
     """Check everything that can be checked without touching the system.
 
@@ -126,6 +135,7 @@ def check(
         options=checked_options,
         stop=_instance(name, "stop", stop, StopPolicy),
         restart=_instance(name, "restart", restart, RestartPolicy),
+        health=_health(name, health, nprocs),
     )
 
 
@@ -162,6 +172,14 @@ def _instance(name: str, what: str, value: T | None, kind: type[T]) -> T:
     if not isinstance(value, kind):
         raise TypeError(f"{name}: {what} must be a {kind.__name__}, not {value!r}")
     return value
+
+
+def _health(name: str, health: HealthPolicy | None, nprocs: int) -> HealthPolicy | None:
+    if health is None:
+        return None
+    checked = _instance(name, "health", health, HealthPolicy)
+    _check_ranks(f"{name}: HealthPolicy.ready", checked.ranks, nprocs, every=False)
+    return checked
 
 
 def _arguments(name: str, rank: int, given: object, entrypoint: Entrypoint) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ._conditions import HealthPolicy
 from ._context import Starting
 from ._logs import LogsSpecs
 from ._policies import RestartPolicy, StopPolicy, WorkerOptions
@@ -27,6 +28,7 @@ def start_processes(
     options: WorkerOptions | None = None,
     stop: StopPolicy | None = None,
     restart: RestartPolicy | None = None,
+    health: HealthPolicy | None = None,
     journal: bool = True,
 ) -> Starting:
     """Start `n` copies of a command or a function, one for each key of `args`, and supervise them in this loop.
@@ -50,6 +52,7 @@ def start_processes(
         options: what is in force in every worker before its first instruction.
         stop: how workers are stopped.
         restart: whether, how often and how soon what has ended is started again; None never does.
+        health: when ranks are ready, and how it is noticed that one is stuck.
         journal: whether the run's directory gets an `events.jsonl`.
 
     Returns:
@@ -59,6 +62,7 @@ def start_processes(
         RankMappingError: (in the await, like all below, before anything was started) if a mapping has wrong ranks.
         TypeError: if something has the wrong type.
         ValueError: if a value can't be meant, or a string holds a NUL byte.
+        StreamNotCaptured: if a `LinePattern` looks at a stream that doesn't pass through the supervisor.
         OSError: of the errno's own class, naming run and rank, if one can't be started, and no restart is left for it;
             the others are gone then.
 
@@ -90,6 +94,7 @@ def start_processes(
             options=options,
             stop=stop,
             restart=restart,
+            health=health,
         )
         if logs_specs is not None and not isinstance(logs_specs, LogsSpecs):
             raise TypeError(f"{name}: logs_specs must be a LogsSpecs such as DefaultLogsSpecs(), not {logs_specs!r}")

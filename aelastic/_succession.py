@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import final
 
 from ._attempt import AttemptEnd, Machines, StartAbandoned, Terms
+from ._ending import Cause
 from ._events import RestartScheduled
 from ._evidence import failure_of_start
 from ._failures import ProcessFailure
@@ -19,7 +20,7 @@ from ._gang import Gang
 from ._policies import Step
 from ._restart import Budget, Ended, GiveUp, Rest, Restart
 from ._spec import RunSpec
-from ._worker import Cause, Worker
+from ._worker import Worker
 
 WHOLE_FAILURES = 100
 """The newest attempts, whose failures are kept with all their evidence."""
@@ -77,6 +78,20 @@ class Succession:
     def failed(self) -> bool:
         """Whether its last attempt failed and no other was due."""
         return bool(self.end.failures or self.end.survivors) and not self.cut_short
+
+    @property
+    def ready(self) -> bool:
+        """Whether all its newest incarnations are ready."""
+        return bool(self.workers) and all(worker.has_become_ready for worker in self.workers.values())
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether another attempt may follow this one."""
+        return not self._over and not self._stopped.done() and self._spec.restart.max_restarts > 0
+
+    def captures(self) -> dict[int, dict[str, str]]:
+        """By rank, what line patterns captured of the newest incarnations."""
+        return {} if self._gang is None else self._gang.captures()
 
     def pids(self) -> dict[int, int]:
         """By rank, of the workers whose process is running."""

@@ -7,18 +7,20 @@ stopped for it is `_gang`'s decision.
 from __future__ import annotations
 
 import asyncio
-import enum
+import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol, final
 
+from ._ending import Cause, End
 from ._events import (
     Event,
     OutputHeld,
     SurvivorsLeft,
+    WatchdogExpired,
     WorkerExited,
     WorkerFailed,
+    WorkerReady,
     WorkerSignaled,
     WorkerStarted,
     WorkerUnkillable,
@@ -26,6 +28,7 @@ from ._events import (
 from ._evidence import Evidence, OomKills, build_failure, read_evidence
 from ._exit import ExitStatus
 from ._failures import ProcessFailure
+from ._health import Monitor, Verdict, Ward
 from ._lifecycle import Due, Fact, State, after, schedule
 from ._logs import Outputs
 from ._policies import StopPolicy
@@ -37,29 +40,6 @@ from ._tasks import first_of, service
 from ._threads import Threads
 
 NOT_LOADED = Torn("its result was still being loaded here when its run had to end")
-
-
-@final
-class Cause(enum.Enum):
-    """Why a worker was stopped."""
-
-    FAILURE = "another rank failed"
-    CALLER = "its caller asked"
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class End:
-    """How a worker ended, all of it."""
-
-    rank: int
-    status: ExitStatus | None
-    """None when the process is still alive."""
-    stopped: Cause | None
-    """Set when it was still running as the stop was asked for."""
-    returned: Returned
-    failure: ProcessFailure | None
-    survivors: tuple[Survivor, ...]
 
 
 class Judge(Protocol):
@@ -76,6 +56,7 @@ class Worker:
         process: confirmed to run the program.
         returned: resolves to what a function handed back; None for a command.
         judge: called once, unless the worker was stopped before it exited.
+        monitor: observes it; None lets nobody look.
     """
 
     def __init__(
@@ -92,11 +73,15 @@ class Worker:
         returned: asyncio.Future[Returned] | None,
         publish: Callable[[Event], object],
         judge: Judge,
+        monitor: Monitor | None,
+        ward: Ward,
     ) -> None:
         self.rank = rank
         self.pid = process.pid
         self.state = State.RUNNING
         self.cause: Cause | None = None
+        self.verdict: Verdict | None = None
+        """Why it had to go, where its health was the reason."""
         self._stopped_ns = 0
         self._told_ns = 0
         self._had_returned = False
@@ -111,32 +96,114 @@ class Worker:
         self._returned = returned
         self._publish = publish
         self._judge = judge
+        self._monitor = monitor
+        self._ward = ward
         self._dues: tuple[Due, ...] = ()
         self._why = "left behind by the worker"
         self._loop = asyncio.get_running_loop()
         self._hurry: asyncio.Future[None] = self._loop.create_future()
+        self.ready: asyncio.Future[None] = self._loop.create_future()
+        """Done when it is ready; at once where running is ready."""
         publish(WorkerStarted(rank=rank, pid=process.pid))
         process.exited.add_done_callback(self._exit_seen)
         if returned is not None:
             returned.add_done_callback(self._was_told)
+        if monitor is not None:
+            monitor.begin(self)
+        if monitor is None or not monitor.has_condition:
+            self.ready.set_result(None)
         self.ended = service(self._live(), name=f"rank {rank} (pid {process.pid})")
 
     def stop(self, dues: tuple[Due, ...], cause: Cause | None, why: str) -> None:
         """Begin the steps, or replace those that are left; without a cause where the worker's own work is done."""
-        if self.state is State.RUNNING and not self._process.has_ended():
-            self.state = after(self.rank, self.state, Fact.STOP_ASKED)
+        if self._monitor is not None:
+            self._monitor.stand_down()
+        if self._begins_to_stop():
             self._had_returned = self._has_value()
             self.cause, self._stopped_ns = None if self._had_returned else cause, time.monotonic_ns()
+        if self.verdict is None or not self.verdict.kills:  # who is being killed is not asked more gently
+            self._press_on(dues, why)
+
+    def _begins_to_stop(self) -> bool:
+        if self.state is not State.RUNNING or self._process.has_ended():
+            return False
+        self.state = after(self.rank, self.state, Fact.STOP_ASKED)
+        return True
+
+    def _press_on(self, dues: tuple[Due, ...], why: str) -> None:
         self._dues, self._why = dues, why
         hurry, self._hurry = self._hurry, self._loop.create_future()
         hurry.set_result(None)
+
+    def is_ready(self) -> None:
+        """Take note that the condition of readiness is true."""
+        self.ready.set_result(None)
+        seconds = (time.monotonic_ns() - self._process.started_ns) / 1e9
+        self._publish(WorkerReady(rank=self.rank, pid=self.pid, seconds=seconds))
+
+    def watchdog_expired(self, seconds: float) -> None:
+        """Take note of it; the verdict follows when the stacks are written."""
+        self._publish(WatchdogExpired(rank=self.rank, pid=self.pid, seconds=seconds))
+
+    def condemn(self, verdict: Verdict) -> None:
+        """Fail for this reason, and go; without effect on who has ended or is being stopped."""
+        if not self._begins_to_stop():
+            return
+        self.verdict = verdict
+        steps = self._policy.steps[-1:] if verdict.kills else self._policy.steps
+        self._press_on(schedule(steps, self._loop.time()), verdict.message)
+        self._judge(self, failed=True)
 
     def send_signal(self, sig: int, why: str) -> None:
         """Signal the process group, unless nobody is in it any more."""
         if self._process.signal_group(sig):
             self._publish(WorkerSignaled(rank=self.rank, pid=self.pid, signal=sig, reason=why))
 
+    @property
+    def _end(self) -> End | None:
+        return self.ended.result() if self.ended.done() and self.ended.exception() is None else None
+
+    @property
+    def failure(self) -> ProcessFailure | None:
+        """Its bad end; None before, and where there is none."""
+        return None if self._end is None else self._end.failure
+
+    @property
+    def tail(self) -> tuple[str, ...]:
+        """Its last lines, as far as they are known."""
+        return () if self._end is None else self._end.tail
+
+    @property
+    def has_become_ready(self) -> bool:
+        """Whether it was ready, and has not failed since."""
+        crashed = self._process.exited.done() and not self._ended_well and self.cause is None
+        return self.ready.done() and self.verdict is None and self.failure is None and not crashed
+
+    @property
+    def has_missed_ready(self) -> bool:
+        """Whether it has failed, or ended by itself before it was ready."""
+        ended = self.ended.done() and self.cause is None
+        return not self.has_become_ready and (self.verdict is not None or ended)
+
+    def why_not_ready(self) -> str:
+        """Who it is, and what keeps it from being ready, in words."""
+        who = f"rank {self.rank} (pid {self.pid})"
+        missing = "" if self._monitor is None or self.ready.done() else f"; {self._monitor.missing()}"
+        if self.verdict is not None:
+            return f"{who}: {self.verdict.message}"
+        if not self._process.exited.done():
+            return f"{who} runs{missing}"
+        when = "after it had been ready" if self.ready.done() else "before it was ready"
+        return f"{who} {self._process.exited.result().describe()} {when}{missing}"
+
+    async def failure_so_far(self) -> ProcessFailure:
+        """The failure of a worker that was condemned and has not ended yet."""
+        message = "" if self.verdict is None else self.verdict.message
+        return dataclasses.replace(await self._failure(None), message=message)
+
     def _exit_seen(self, exited: asyncio.Future[ExitStatus]) -> None:
+        if self._monitor is not None:
+            self._monitor.hear_the_last()
         self.state = after(self.rank, self.state, Fact.EXIT_SEEN)
         self._publish(
             WorkerExited(
@@ -144,7 +211,7 @@ class Worker:
                 pid=self.pid,
                 status=exited.result(),
                 seconds=self._seconds,
-                usage=self._process.usage,
+                usage=self._ward.meter.at_exit(self.pid, self._process.usage),
             )
         )
 
@@ -152,10 +219,19 @@ class Worker:
     def _seconds(self) -> float:
         return (self._process.exit_ns - self._process.started_ns) / 1e9
 
-    def _was_told(self, _returned: asyncio.Future[Returned]) -> None:
+    def _was_told(self, returned: asyncio.Future[Returned]) -> None:
         self._told_ns = time.monotonic_ns()
+        if self._monitor is not None and not isinstance(returned.result(), NoResult):
+            self._monitor.hear_the_last()  # whose function is over sends no heartbeat any more
 
     async def _live(self) -> End:
+        try:
+            return await self._live_on()
+        finally:
+            if self._monitor is not None:
+                await self._monitor.close()
+
+    async def _live_on(self) -> End:
         if not self._dues:  # a stop may have come before this task had its first turn
             await self._run_its_course()
         if self.state is State.EXITED:
@@ -229,10 +305,16 @@ class Worker:
             self._dues = schedule(self._policy.steps, self._loop.time())
         gone = False
         while self._dues and not gone:
+            if len(self._dues) == 1:
+                await self._show_stacks()
             due, *rest = self._dues
             self._dues = tuple(rest)
             gone = await self._step(due)
         return () if gone else await self._left_over()
+
+    async def _show_stacks(self) -> None:
+        if self._policy.dump_stacks and self.verdict is None and not self._process.exited.done():
+            await self._ward.stacks.into_log(self.rank, self.pid, f"it is killed next: {self._why}")
 
     async def _step(self, due: Due) -> bool:
         """Send one signal to everything of the rank; True when nothing is left."""
@@ -267,11 +349,20 @@ class Worker:
             returned=self._outcome(),
             failure=failure,
             survivors=survivors,
+            tail=await self._last_lines(status, failure),
         )
 
+    async def _last_lines(self, status: ExitStatus | None, failure: ProcessFailure | None) -> tuple[str, ...]:
+        if failure is None and not self.ready.done():
+            failure = await self._failure(status)
+        return () if failure is None else failure.tail
+
     def _is_good(self) -> bool:
-        status = self._process.exited.done() and (self._had_returned or self._process.exited.result().ok)
-        return status and isinstance(self._outcome(), Value)
+        return self.verdict is None and self._ended_well and isinstance(self._outcome(), Value)
+
+    @property
+    def _ended_well(self) -> bool:
+        return self._process.exited.done() and (self._had_returned or self._process.exited.result().ok)
 
     def _stopped_before(self, failure: ProcessFailure) -> bool:
         """Whether it ended only because it was stopped: its own error file may say that it had failed before."""
@@ -292,4 +383,6 @@ class Worker:
             exit_ns=self._process.exit_ns,
             told_ns=self._told_ns,
             oom_before=self._oom_before,
+            reason=None if self.verdict is None else self.verdict.reason,
+            message="" if self.verdict is None else self.verdict.message,
         )

@@ -1,4 +1,4 @@
-"""For code that runs inside a worker: who am I, and `record`. Imports the standard library only.
+"""For code that runs inside a worker: who am I, am I well, and `record`. Imports the standard library only.
 
 Example:
     >>> import os
@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import os
 
+from ._child.notify import expires, heartbeat, ready
 from ._child.record import ErrorHandler, record
 
-__all__ = ["ErrorHandler", "attempt", "rank", "record", "world_size"]
+__all__ = ["ErrorHandler", "attempt", "expires", "heartbeat", "rank", "ready", "record", "world_size"]
 
 
 def rank() -> int:

@@ -17,7 +17,7 @@ import struct
 import sys
 import threading
 
-from . import trampoline
+from . import stacks, trampoline
 from .function import perform
 
 TYPE_CHECKING = False
@@ -163,6 +163,7 @@ def _steps(streams: tuple[int, int, int], settings: Mapping[str, Any]) -> Iterab
     os.environ.clear()
     os.environ.update(settings["env"])
     yield from _options(options)
+    stacks.show_on_signal(forked=True)
 
 
 def _options(options: trampoline.Settings) -> Iterable[str]:

@@ -12,7 +12,7 @@ import os
 import sys
 import types
 
-from . import mainmodule
+from . import mainmodule, stacks
 from .frames import ABORT, END, RAISED, RESTART, VALUE, ChunkWriter
 from .record import ErrorHandler, clipped
 
@@ -56,6 +56,7 @@ def main(payload_fd: int, result_fd: int) -> int:
     for fd in (payload_fd, result_fd):
         os.set_inheritable(fd, False)  # noqa: FBT003  # positional only
     faulthandler.enable(2)
+    stacks.show_on_signal()
     return perform(lambda: receive(payload_fd), result_fd)
 
 

@@ -15,6 +15,8 @@ import sys
 import time
 from functools import partial, wraps
 
+from . import stacks
+
 TYPE_CHECKING = False  # typing costs a worker 5 ms
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -41,10 +43,11 @@ class ErrorHandler:
         return next((os.environ[name] for name in ENV_NAMES if os.environ.get(name)), None)
 
     def initialize(self) -> None:
-        """Let a crash in C code write its stacks to stderr; called before the recorded function."""
+        """Let a crash in C code, and a supervisor that asks, see the stacks; called before the recorded function."""
         if not faulthandler.is_enabled():
             # The descriptor, not sys.stderr, which may be None or an object without one.
             faulthandler.enable(2, all_threads=True)
+        stacks.show_on_signal()
 
     def record_exception(self, e: BaseException) -> None:
         """Write an exception with its traceback, causes and notes.

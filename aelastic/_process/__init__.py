@@ -7,6 +7,7 @@ everything that came from the processes of a run.
     trampoline   which launches need `_child/trampoline.py`, and whether it arrived
     handle       Process: pid, pidfd, exit, signals to its group
     census       whose each process of /proc is: evidence and its limits; runs in threads
+    signals      to processes that were found in /proc, each checked before
     tree         Tree: one census for all who ask, the steps of a stop, survivors
     limits       descriptors and other limits, in sentences
     platform     the only file that knows which system this is
@@ -14,6 +15,7 @@ everything that came from the processes of a run.
 
 from .handle import Process
 from .launch import Command, launch, resolve
+from .signals import signal_alone
 from .trampoline import Confirmation, needed_for
 from .tree import Tree
 
@@ -25,4 +27,5 @@ __all__ = [
     "launch",
     "needed_for",
     "resolve",
+    "signal_alone",
 ]

@@ -83,6 +83,17 @@ def _signal_one(member: Member, sig: int) -> bool:
         os.close(pidfd)
 
 
+def signal_alone(member: Member, sig: int) -> bool:
+    """Signal one process and do nothing else, unless its pid means another one by now; False then."""
+    pidfd = _open(member)
+    if pidfd is None:
+        return False
+    try:
+        return platform.signal_process(pidfd, sig)
+    finally:
+        os.close(pidfd)
+
+
 def _signal_led(leader: Member, sig: int) -> None:
     pidfd = _open(leader)
     if pidfd is None:

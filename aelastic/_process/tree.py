@@ -103,8 +103,13 @@ class Tree:
         look, self._next_look = self._next_look, None
         if look is None:
             return
+        try:
+            reading = self._loop.run_in_executor(self._executor, self._census.look, tuple(self._leaders.values()))
+        except RuntimeError as error:  # the run's threads have been closed
+            look.set_exception(error)
+            look.exception()
+            return
         self._looking = True
-        reading = self._loop.run_in_executor(self._executor, self._census.look, tuple(self._leaders.values()))
         reading.add_done_callback(lambda done: self._end_look(done, look))
 
     def _end_look(self, reading: asyncio.Future[Sight], look: asyncio.Future[Sight]) -> None:

@@ -20,6 +20,7 @@ NAMES = """
     record ErrorHandler WorkerOptions StopPolicy ExitStatus ExitUsage Survivor
     Event RunStarted AttemptStarted WorkerStarted WorkerExited WorkerFailed StopRequested WorkerSignaled
     WorkerUnkillable SurvivorsLeft OutputLost AttemptFinished RunFinished RestartPolicy Backoff RestartScheduled
+    HealthPolicy Notify LinePattern TcpPort HttpGet WorkerNotReady WorkerReady WatchdogExpired UsageSampled Usage
 """.split()
 """The public names of the contract so far; issues to come add theirs."""
 

@@ -13,14 +13,17 @@ from tests.house.source import FILES, PACKAGE, Import, imports, place, tree
 
 CELLAR = "_child"
 FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("words", ("_std", "_exit", "_failures", "_policies", "_results", "_events", "_returned")),
+    (
+        "words",
+        ("_std", "_exit", "_failures", "_policies", "_conditions", "_results", "_events", "_returned", "_ending"),
+    ),
     ("rules", ("_spec", "_lifecycle", "_restart", "_logs/lines", "_logs/plan", "_logs/prefix")),
     ("tools of the machines", ("_tasks", "_threads", "_limits", "_contagion", "_descriptors")),
     ("machines", ("_bus", "_process", "_logs", "_evidence", "_health", "_guard")),
     ("functions", ("_function",)),
     ("worker", ("_worker",)),
     ("gang", ("_attempt", "_gang")),
-    ("run", ("_succession", "_run", "_context", "_signals", "_start")),
+    ("run", ("_succession", "_run", "_readiness", "_context", "_signals", "_start")),
     ("doors", ("__init__", "worker", "testing", "dask", "cli", "__main__")),
 )
 """From the ground up. A name stands for its file, or for the folder and all in it that is not named elsewhere."""
