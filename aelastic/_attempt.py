@@ -16,7 +16,7 @@ from ._guard import Watch
 from ._health import Ward
 from ._limits import check_descriptors, check_open
 from ._logs import Console, LineHub, LogsDest, Plans, Route
-from ._process import Tree
+from ._process import Cgroups, Tree
 from ._results import Survivor
 from ._returned import Value
 from ._spec import RunSpec
@@ -62,6 +62,8 @@ class Machines:
     console: Console
     watch: Watch
     ward: Ward
+    cgroups: Cgroups | None
+    """None where the workers are contained by their sessions."""
     server: ForkServer
     starts: asyncio.Lock
     """Held for one start at a time, so that the loop has its turns while many ranks restart at once."""

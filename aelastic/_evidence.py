@@ -190,9 +190,19 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def out_of_memory_hint(status: ExitStatus, before: OomKills | None, after: OomKills | None) -> str:
-    """A sentence when a SIGKILL was probably the kernel's, for lack of memory; else `""`."""
-    if status.signal != signal.SIGKILL or before is None or after is None or before.where != after.where:
+def out_of_memory_hint(
+    status: ExitStatus, before: OomKills | None, after: OomKills | None, *, own_kills: int = 0
+) -> str:
+    """A sentence when a SIGKILL was probably the kernel's, for lack of memory; else `""`.
+
+    Args:
+        own_kills: in the worker's own cgroup, which leaves no doubt.
+    """
+    if status.signal != signal.SIGKILL:
+        return ""
+    if own_kills:
+        before, after = OomKills(0, "its cgroup"), OomKills(own_kills, "its cgroup")
+    if before is None or after is None or before.where != after.where:
         return ""
     kills = after.kills - before.kills
     if kills <= 0:
@@ -212,21 +222,25 @@ class Evidence:
     """The last lines of its stderr file, else of its stdout file."""
     oom_kills: OomKills | None = None
     """The counter after its end."""
+    own_oom_kills: int = 0
+    """How often the kernel killed in the worker's own cgroup, where that is told."""
 
 
-def read_evidence(error_file: str, stdout: str = "", stderr: str = "") -> Evidence:
+def read_evidence(error_file: str, stdout: str = "", stderr: str = "", cgroup: str = "") -> Evidence:
     """Gather what a worker left; blocks, and never raises.
 
     Args:
         error_file: path of its error file, `""` when it has none.
         stdout: path of the file that holds its stdout, `""` when there is none.
         stderr: likewise.
+        cgroup: folder of the worker's own cgroup, `""` when it has none.
     """
     return Evidence(
         error_file=error_file,
         report=read_error_file(error_file),
         tail=tail_of_file(stderr) or tail_of_file(stdout),
         oom_kills=count_oom_kills(),
+        own_oom_kills=(_counter(f"{cgroup}/memory.events", "oom_kill") or 0) if cgroup else 0,
     )
 
 
@@ -270,7 +284,7 @@ def build_failure(
     ended = status or ExitStatus(None, None)
     report = evidence.report
     exit_ns = exit_ns or time.monotonic_ns()
-    hint = out_of_memory_hint(ended, oom_before, evidence.oom_kills)
+    hint = out_of_memory_hint(ended, oom_before, evidence.oom_kills, own_kills=evidence.own_oom_kills)
     own_ns, damage = (report.monotonic_ns, report.damage) if report else (0, "")
     return ProcessFailure(
         local_rank=rank,

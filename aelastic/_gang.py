@@ -185,6 +185,7 @@ class Gang:
     async def _launch(self, rank: int) -> Process:
         spec = self.spec
         stdout, stderr = await self._opened.child_fds(rank)
+        cgroup = await self._cgroup(rank)
         with self._stdin(rank) as stdin:
             command = Command(
                 argv=(str(spec.entrypoint), *spec.args[rank]) if spec.is_command else (),
@@ -197,10 +198,21 @@ class Gang:
                 options=spec.options,
                 rank=rank,
                 who=spec.who(rank),
+                cgroup=cgroup,
             )
             async with self._machines.starts:
                 self._raise_if_stopped()
                 return await (launch(command) if self._function is None else self._function.launch(rank, command))
+
+    async def _cgroup(self, rank: int) -> str:
+        machines = self._machines
+        if machines.cgroups is None:
+            return ""
+        try:
+            return await self._loop.run_in_executor(machines.threads, machines.cgroups.make, rank)
+        except OSError as error:
+            what = f"{self.spec.who(rank)} can't be started: its cgroup can't be made: {error.strerror}"
+            raise OSError(error.errno, what, error.filename) from error
 
     @contextmanager
     def _stdin(self, rank: int) -> Iterator[int]:

@@ -42,7 +42,9 @@ END_SECONDS = 5.0
 OnLost = Callable[[int, str], None]
 
 
-async def watch(run_id: str, *, stop: StopPolicy, journal: str, on_lost: OnLost, executor: Executor) -> Watch:
+async def watch(
+    run_id: str, *, stop: StopPolicy, journal: str, on_lost: OnLost, executor: Executor, cgroup: str = ""
+) -> Watch:
     """Put a run into the guard's care. On return the run's id is in its pipe; its boot is not awaited.
 
     Args:
@@ -51,13 +53,14 @@ async def watch(run_id: str, *, stop: StopPolicy, journal: str, on_lost: OnLost,
         journal: path of the run's journal, `""` when there is none.
         on_lost: called in this loop with the pid of a guard that died and a sentence why.
         executor: the run's own; starts the guard, and another one after a loss.
+        cgroup: the folder in which the run's cgroups are, or will be; `""` for none.
 
     Raises:
         OSError: of the errno's class, if the guard can't be started.
 
     Cancellation: the run is taken out again.
     """
-    watched = Watch(run_id, stop=stop, journal=journal, on_lost=on_lost, executor=executor)
+    watched = Watch(run_id, stop=stop, journal=journal, on_lost=on_lost, executor=executor, cgroup=cgroup)
     try:
         await outlast(asyncio.get_running_loop().run_in_executor(executor, _house.enter, watched))
         watched.attend()
@@ -71,13 +74,15 @@ async def watch(run_id: str, *, stop: StopPolicy, journal: str, on_lost: OnLost,
 class Watch:
     """A run in the guard's care. Used in the loop that made it."""
 
-    def __init__(self, run_id: str, *, stop: StopPolicy, journal: str, on_lost: OnLost, executor: Executor) -> None:
-        path = os.fsencode(os.path.abspath(journal)).hex() if journal else "-"
+    def __init__(
+        self, run_id: str, *, stop: StopPolicy, journal: str, on_lost: OnLost, executor: Executor, cgroup: str
+    ) -> None:
+        paths = f"{_in_hex(journal)} {_in_hex(cgroup)}"
         first, _ = stop.steps[0]
         self.run_id = run_id
         self.loop = asyncio.get_running_loop()
         policy = f"{stop.on_supervisor_death} {stop.orphan_grace!r} {int(first)}"
-        self._opening = f"run {run_id} {policy} {procfs.now_ticks() - 1} {path}\n"
+        self._opening = f"run {run_id} {policy} {procfs.now_ticks() - 1} {paths}\n"
         self._workers: dict[int, str] = {}
         self._unsaid = ""
         """Lines for the guard in office; a new one is told everything."""
@@ -197,6 +202,10 @@ class Watch:
         """Pass on what is to be said, and try a full pipe again until the guard has read what waits for it."""
         said, self._unsaid = self._unsaid, ""
         self._retry = self.loop.call_later(RETRY_SECONDS, self._flush) if _house.tell(said) else None
+
+
+def _in_hex(path: str) -> str:
+    return os.fsencode(os.path.abspath(path)).hex() if path else "-"
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

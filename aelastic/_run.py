@@ -27,7 +27,7 @@ from ._health import Ward
 from ._lifecycle import outcome
 from ._logs import Console, InheritLogsSpecs, Journal, LineHub, Lines, LogsDest, LogsSpecs, Plans, Route, plan
 from ._policies import Step
-from ._process import Tree, signal_alone
+from ._process import Cgroups, Tree, choose_cgroups, signal_alone
 from ._results import RunProcsResult, Usage
 from ._spec import RunSpec, worker_environments
 from ._std import Std
@@ -177,12 +177,20 @@ class Run:
         check_limits(self.spec, terms.plans)
         self.log_dir = terms.dest.run_dir
         await self._open_journal(stack, terms.dest.journal)
-        tree = Tree(self.run_id, threads)
-        stack.callback(tree.close)
+        loop, stop = asyncio.get_running_loop(), self.spec.stop
+        chosen = await loop.run_in_executor(threads, choose_cgroups, stop.containment, self.run_id, self.spec.name)
         watched = await watch(
-            self.run_id, stop=self.spec.stop, journal=terms.dest.journal, on_lost=self._guard_lost, executor=threads
+            self.run_id,
+            stop=stop,
+            journal=terms.dest.journal,
+            on_lost=self._guard_lost,
+            executor=threads,
+            cgroup="" if chosen is None else chosen.folder,
         )
         stack.push_async_callback(watched.release)
+        cgroups = None if chosen is None else await self._opened(chosen, stack, threads)
+        tree = Tree(self.run_id, threads, cgroups)
+        stack.callback(tree.close)
         self.ward = ward = self._open_ward(tree)
         stack.push_async_callback(ward.close)
         server = ForkServer(self.spec.name, self.spec.options)
@@ -201,6 +209,7 @@ class Run:
                 console=console,
                 watch=watched,
                 ward=ward,
+                cgroups=cgroups,
                 server=server,
                 starts=asyncio.Lock(),
             ),
@@ -228,6 +237,13 @@ class Run:
     def _usage_sampled(self, usages: dict[int, Usage]) -> None:
         if self._last is None:
             self.bus.publish(UsageSampled(usages=usages))
+
+    async def _opened(self, cgroups: Cgroups, stack: AsyncExitStack, threads: Threads) -> Cgroups | None:
+        loop = asyncio.get_running_loop()
+        if not await loop.run_in_executor(threads, cgroups.open, self.spec.name):
+            return None
+        stack.push_async_callback(loop.run_in_executor, threads, cgroups.close)
+        return cgroups
 
     async def _on_disk(self, work: Callable[..., V], *args: Any) -> V:
         return await asyncio.get_running_loop().run_in_executor(self._disks, work, *args)
@@ -267,7 +283,8 @@ class Run:
 
     async def _see_through(self, terms: Terms, machines: Machines) -> RunProcsResult:
         """Let the attempts be made, from the first to the last, and say how they ended."""
-        self.bus.publish(RunStarted(nprocs=self.spec.nprocs, containment="session", log_dir=self.log_dir))
+        containment = "session" if machines.cgroups is None else "cgroup"
+        self.bus.publish(RunStarted(nprocs=self.spec.nprocs, containment=containment, log_dir=self.log_dir))
         everybody = range(self.spec.nprocs)
         groups = [(rank,) for rank in everybody] if self.spec.restarts_ranks else [tuple(everybody)]
         self._successions = tuple(Succession(self.spec, ranks, terms, self._settle, machines) for ranks in groups)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol, final
 
+from ._child import cgroupfs
 from ._ending import Cause, End
 from ._events import (
     Event,
@@ -241,7 +242,10 @@ class Worker:
         await self._outputs.finish(self.rank, within=self._policy.drain)
         self.state = after(self.rank, self.state, Fact.END_REACHED)
         await self._process.reaped(within=1.0)
-        return await self._conclude(survivors)
+        end = await self._conclude(survivors)
+        if self._process.cgroup:
+            await self._loop.run_in_executor(self._threads, cgroupfs.remove, self._process.cgroup)
+        return end
 
     async def _run_its_course(self) -> None:
         """Wait for the exit, or a stop; a function that is over waits for its process only so long."""
@@ -299,7 +303,7 @@ class Worker:
 
     async def _extinguish(self) -> tuple[Survivor, ...]:
         """Take the steps until nothing of the tree is left; what is left after the last is reported."""
-        if self._process.exited.done() and not await self._tree.members(self.rank):
+        if self._process.exited.done() and await self._tree.is_gone(self.rank):
             return ()
         if not self._dues:
             self._dues = schedule(self._policy.steps, self._loop.time())
@@ -370,7 +374,7 @@ class Worker:
 
     async def _failure(self, status: ExitStatus | None) -> ProcessFailure:
         evidence: Evidence = await self._loop.run_in_executor(
-            self._threads, read_evidence, self._error_file, *self._outputs.files(self.rank)
+            self._threads, read_evidence, self._error_file, *self._outputs.files(self.rank), self._process.cgroup
         )
         return build_failure(
             rank=self.rank,

@@ -17,7 +17,7 @@ import struct
 import sys
 import threading
 
-from . import stacks, trampoline
+from . import procfs, stacks, trampoline
 from .function import perform
 
 TYPE_CHECKING = False
@@ -148,6 +148,9 @@ def _steps(streams: tuple[int, int, int], settings: Mapping[str, Any]) -> Iterab
     for word in settings["words"]:
         name, _, value = word.partition("=")
         options.setdefault(name, []).append(value)
+    yield "its cgroup can't be entered"
+    for folder in options.get("cgroup", ()):
+        trampoline.enter_cgroup(folder)
     yield "its signals can't be reset"
     faulthandler.disable()  # or it would believe, later, that what is reset here is still in place
     trampoline.reset_signals(ignore_hup=signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)
@@ -162,8 +165,28 @@ def _steps(streams: tuple[int, int, int], settings: Mapping[str, Any]) -> Iterab
     yield "its environment can't be set"
     os.environ.clear()
     os.environ.update(settings["env"])
+    _show_lineage(settings["env"])
     yield from _options(options)
     stacks.show_on_signal(forked=True)
+
+
+def _show_lineage(env: Mapping[str, str]) -> None:
+    """Write whose we are to where /proc shows the environment, which is still the parent's; our children inherit it.
+
+    Nobody needs what stood there: all that is in `os.environ` was copied as it was set. Best effort: where it can't be
+    done, what leaves our session is found only while its parent lives.
+
+    Source: proc_pid_stat(5), `env_start` and `env_end`; setproctitle(3) writes there too.
+    """
+    names = ("AELASTIC_LINEAGE", "AELASTIC_RUN_ID", "AELASTIC_RANK")
+    shown = b"".join(os.fsencode(f"{name}={env[name]}") + b"\0" for name in names if name in env)
+    fields = procfs.read("/proc/self/stat").rpartition(b") ")[2].split()
+    begin, end = map(int, fields[47:49]) if len(fields) > 48 else (0, 0)
+    if end - begin < len(shown):
+        return
+    with contextlib.suppress(OSError), open("/proc/self/mem", "r+b", buffering=0) as memory:
+        memory.seek(begin)
+        memory.write(shown)
 
 
 def _options(options: trampoline.Settings) -> Iterable[str]:

@@ -4,9 +4,11 @@ One for each supervisor process, shared by all its runs. It waits, using no CPU,
 death: its pidfd (a host that forked leaves the pipe open in its child) and the end of the lifeline pipe (a host that
 exec'd lives on under its pid). The pipe also tells it what to look after, one line a fact:
 
-    run RUN_ID POLICY GRACE SIGNAL SINCE JOURNAL    its begin in clock ticks since boot; the path in hexadecimal, or -
-    worker RUN_ID RANK PID SEEN                     when the pid was certainly its own, in clock ticks
-    end RUN_ID                                      nothing of this run is left
+    run RUN_ID POLICY GRACE SIGNAL SINCE JOURNAL CGROUP    its begin; two paths in hexadecimal, or -
+    worker RUN_ID RANK PID SEEN                            when the pid was certainly its own
+    end RUN_ID                                             nothing of this run is left
+
+Times are clock ticks since boot.
 
 It has a session of its own, ignores SIGTERM, SIGINT and SIGHUP, and holds no directory, no terminal and no worker's
 output, so that neither a Ctrl-C, nor a service stop, nor an unmount meets it. Whoever waits for output never waits
@@ -51,9 +53,9 @@ class Ledger:
 
     def _read(self, words: list[str]) -> Leader | None:
         match words:
-            case ["run", run_id, policy, grace, first, since, journal]:
-                path = b"" if journal == "-" else bytes.fromhex(journal)
-                self.runs[run_id] = Run(run_id, policy, float(grace), int(first), int(since), path)
+            case ["run", run_id, policy, grace, first, since, *paths]:
+                journal, cgroup = ("" if path == "-" else os.fsdecode(bytes.fromhex(path)) for path in paths)
+                self.runs[run_id] = Run(run_id, policy, float(grace), int(first), int(since), journal, cgroup)
             case ["worker", run_id, rank, pid, seen] if run_id in self.runs:
                 leader = Leader(int(rank), int(pid), int(seen))
                 self.runs[run_id].employ(leader)

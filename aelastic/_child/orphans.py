@@ -11,7 +11,7 @@ import select
 import signal
 import time
 
-from . import procfs
+from . import cgroupfs, procfs
 from .procfs import Member
 
 PATIENCE = 5.0
@@ -83,15 +83,19 @@ class Run:
         first: number of the signal that asks.
         since: clock ticks at which it began; what is older is none of it.
         journal: path of the journal; empty when there is none.
+        cgroup: the folder that holds its cgroups; empty when it has none.
     """
 
-    def __init__(self, run_id: str, policy: str, grace: float, first: int, since: int, journal: bytes) -> None:
+    def __init__(
+        self, run_id: str, policy: str, grace: float, first: int, since: int, journal: str, cgroup: str
+    ) -> None:
         self.run_id = run_id
         self.since = since
         self.policy = policy
         self.grace = grace
         self.first = first
         self.journal = journal
+        self.cgroup = cgroup
         self.leaders: dict[int, Leader] = {}
         """By rank."""
         self._by_pid: dict[int, Leader] = {}
@@ -111,6 +115,10 @@ class Run:
             if leader is not None and leader.claims(member):
                 return leader
         return None
+
+    def contains(self, pid: int) -> bool:
+        """Whether a process is in one of its cgroups."""
+        return bool(self.cgroup) and f"/{os.path.basename(self.cgroup)}/" in procfs.cgroup_of(pid)
 
     def close(self) -> None:
         """Forget its workers."""
@@ -183,9 +191,9 @@ class Orphans:
         return [held.fd for held in self._held.values() if held.fd >= 0]
 
     def strike(self, now: float) -> None:
-        """Begin a round; when it is time to kill, kill each worker's group as one, before anything is looked for.
+        """Begin a round; when it is time to kill, kill cgroups and groups as one, before anything is looked for.
 
-        A group can't fork its way out of that.
+        Nobody can fork a way out of that.
 
         Args:
             now: monotonic seconds.
@@ -194,6 +202,8 @@ class Orphans:
         self._sighted = False
         for pid in [pid for pid, held in self._held.items() if held.ended()]:
             self._held.pop(pid).close()
+        if self._killing and self.run.cgroup:
+            cgroupfs.kill(self.run.cgroup)
         for leader in self.run.leaders.values():
             if self._killing:
                 leader.signal_group(signal.SIGKILL)
@@ -210,9 +220,11 @@ class Orphans:
 
     def conclude(self, now: float) -> None:
         """End a round: see whether anything is left, or whether it is time to give up."""
-        self._quiet = 0 if self._held or self._sighted else self._quiet + 1
+        busy = self._held or self._sighted or cgroupfs.is_populated(self.run.cgroup)
+        self._quiet = 0 if busy else self._quiet + 1
         if self._quiet >= QUIET:
             self._note("OrphansGone", processes=self._count)
+            cgroupfs.remove(self.run.cgroup)
             self.over = True
         elif now >= self.kill_at + PATIENCE:
             self._note("SurvivorsLeft", survivors=[_survivor(held) for held in self._held.values()])
@@ -227,6 +239,7 @@ class Orphans:
         parent = self._held.get(member.parent)
         return (
             member.carries(self.run.run_id)
+            or self.run.contains(member.pid)
             or self.run.leader_of(member) is not None
             or (parent is not None and not parent.ended())
         )
@@ -352,7 +365,7 @@ def record(event: str, run_id: str, **fields: object) -> dict[str, object]:
     return {"event": event, "at": at, "monotonic_ns": time.monotonic_ns(), "run_id": run_id, **fields}
 
 
-def write_records(journal: bytes, records: list[dict[str, object]]) -> None:
+def write_records(journal: str, records: list[dict[str, object]]) -> None:
     """Append lines to a journal, after a line that the supervisor perhaps left unfinished."""
     import json
 

@@ -140,6 +140,14 @@ def is_being_executed(pid: int) -> bool:
     return not read(f"/proc/{pid}/environ") and not read(f"/proc/{pid}/cmdline") and started_ticks(pid) is not None
 
 
+def cgroup_of(pid: int | str) -> str:
+    """The name of its cgroup of version 2, as seen from ours; empty where there is none, or the process is gone."""
+    for line in os.fsdecode(read(f"/proc/{pid}/cgroup")).splitlines():
+        if line.startswith("0::"):
+            return line[3:].removesuffix(" (deleted)")
+    return ""
+
+
 def command_of(pid: int) -> str:
     """The command line with spaces between, else the short name in square brackets, else empty."""
     line = read(f"/proc/{pid}/cmdline").rstrip(b"\0").replace(b"\0", b" ")

@@ -33,8 +33,11 @@ def main(argv: list[str]) -> None:
     path, args = argv[dashes + 1], argv[dashes + 2 :]
     status = int(settings["status"][0])
     os.set_inheritable(status, False)  # noqa: FBT003  # takes no keyword
-    doing = "its signals can't be reset"
+    doing = "its cgroup can't be entered"
     try:
+        for folder in settings.get("cgroup", ()):
+            enter_cgroup(folder)
+        doing = "its signals can't be reset"
         reset_signals(ignore_hup="hup" in settings)
         restore_environment(settings)
         doing = "its user and groups can't be set"
@@ -59,6 +62,13 @@ def report(status: int, number: int, what: str) -> None:
     """Tell the supervisor and end."""
     os.write(status, f"{number} {what}".encode("utf-8", "replace"))
     os._exit(127)
+
+
+def enter_cgroup(folder: str) -> None:
+    """Move into a cgroup, as whoever we still are: all that comes from the worker is born in it."""
+    fd = os.open(f"{folder}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+    os.write(fd, b"0")
+    os.close(fd)
 
 
 def reset_signals(*, ignore_hup: bool) -> None:

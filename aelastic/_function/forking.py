@@ -34,7 +34,7 @@ Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
 def settings_of(command: Command) -> dict[str, Any]:
     """What a forked worker must put in force itself, in plain values."""
-    words = needed_for(command.options, command.rank, command.env, who=command.who) or ()
+    words = needed_for(command.options, command.rank, command.env, who=command.who, cgroup=command.cgroup) or ()
     return {"words": list(words), "env": dict(command.env), "cwd": command.cwd}
 
 
@@ -71,7 +71,7 @@ async def fork(call: Call, command: Command, result: ResultChannel) -> Process:
         raise
     confirmation.started()
     child = ForkedChild(pid)
-    process = Process(child, started_ns, confirmation)
+    process = Process(child, started_ns, confirmation, command.cgroup)
     process.exited.add_done_callback(lambda _: child.collect())
     return process
 

@@ -162,7 +162,7 @@ class ForkServer:
             child = answer.result()
         except OSError as error:
             raise OSError(error.errno, f"{command.who} can't be started: {error.strerror}") from error
-        process = Process(child, started_ns, confirmation)
+        process = Process(child, started_ns, confirmation, command.cgroup)
         process.exited.add_done_callback(lambda _: child.ended(None))
         return process
 

@@ -6,13 +6,14 @@ everything that came from the processes of a run.
     launch       Command, resolve, launch: plain exec, or through the trampoline
     trampoline   which launches need `_child/trampoline.py`, and whether it arrived
     handle       Process: pid, pidfd, exit, signals to its group
+    cgroups      the cgroups of a run, where there are any: chosen, made, read, removed
     census       whose each process of /proc is: evidence and its limits; runs in threads
     signals      to processes that were found in /proc, each checked before
     tree         Tree: one census for all who ask, the steps of a stop, survivors
-    limits       descriptors and other limits, in sentences
     platform     the only file that knows which system this is
 """
 
+from .cgroups import Cgroups, choose_cgroups
 from .handle import Process
 from .launch import Command, launch, resolve
 from .signals import signal_alone
@@ -20,10 +21,12 @@ from .trampoline import Confirmation, needed_for
 from .tree import Tree
 
 __all__ = [
+    "Cgroups",
     "Command",
     "Confirmation",
     "Process",
     "Tree",
+    "choose_cgroups",
     "launch",
     "needed_for",
     "resolve",

@@ -3,7 +3,7 @@
 Nothing is signalled here. A `Census` is asked in a thread, by one caller at a time (`Tree` sees to that).
 
 Theory of operation. A process is of a rank when, at one look,
-1. it was known to be before (same pid and start time), or is its leader;
+1. it was known to be before (same pid and start time), or is its leader; or it is in the rank's cgroup, if it has one;
 2. it is in the leader's session or group and that number is certainly still the leader's: the leader has not been
    collected; or the process began before the last moment at which it had not; or the kernel says that the group of
    *that* pid has members; or somebody known to be ours is in that session, before and after the look. A number that
@@ -24,10 +24,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
-from .._child import procfs
+from .._child import cgroupfs, procfs
 from .._child.procfs import Member
 from .._results import Survivor
 from . import platform
+from .cgroups import Cgroups
 from .handle import Process
 
 Identity = tuple[int, int]
@@ -70,6 +71,8 @@ class Sight:
     by_rank: Mapping[int, tuple[Member, ...]] = field(default_factory=dict)
     groups: frozenset[int] = frozenset()
     """Process groups in which nobody else was seen."""
+    populated: frozenset[int] = frozenset()
+    """Ranks in whose cgroups somebody is alive, seen or not."""
 
     def of(self, rank: int, *, ended: bool) -> tuple[Member, ...]:
         """The live processes of a rank.
@@ -92,10 +95,12 @@ class Census:
 
     Args:
         run_id: what their lineage shows.
+        cgroups: of the run, if it has any.
     """
 
-    def __init__(self, run_id: str) -> None:
+    def __init__(self, run_id: str, cgroups: Cgroups | None = None) -> None:
         self.run_id = run_id
+        self._cgroups = cgroups
         self.since = procfs.now_ticks() - 1
         """Start ticks: nothing of the run is older."""
         self._known: dict[Identity, int] = {}
@@ -105,7 +110,7 @@ class Census:
     def look(self, leaders: Sequence[Leader]) -> Sight:
         """Read /proc and say whose each process is."""
         before = procfs.now_ticks()
-        everybody, origins = read_everybody(self.run_id, self.since)
+        everybody, origins, inside = read_everybody(self.run_id, self.since, self._cgroups)
         if any(_runs(leader) and not self._is_new(leader.process.pid, everybody) for leader in leaders):
             self.since = 0  # this system's /proc has another clock
         seen = {member.pid: member for member in everybody if member.started >= self.since}
@@ -113,13 +118,14 @@ class Census:
         for leader in leaders:
             if _runs(leader):
                 leader.held_ticks = before
-        self._known = _Look(self.run_id, seen, origins, self._known, self._nested).attribute(leaders)
-        return self._sight(everybody)
+        self._known = _Look(self.run_id, seen, origins, self._known | inside, self._nested).attribute(leaders)
+        populated = {leader.rank for leader in leaders if _is_populated(leader.process.cgroup)}
+        return self._sight(everybody, populated)
 
     def _is_new(self, pid: int, everybody: Iterable[Member]) -> bool:
         return any(member.pid == pid and member.started >= self.since for member in everybody)
 
-    def _sight(self, everybody: Iterable[Member]) -> Sight:
+    def _sight(self, everybody: Iterable[Member], populated: set[int]) -> Sight:
         by_rank: dict[int, list[Member]] = {}
         groups: dict[bool, set[int]] = {True: set(), False: set()}
         for member in everybody:
@@ -128,7 +134,9 @@ class Census:
             if rank is not None and _is_alive(member):
                 by_rank.setdefault(rank, []).append(member)
         return Sight(
-            {rank: tuple(members) for rank, members in by_rank.items()}, frozenset(groups[True] - groups[False])
+            {rank: tuple(members) for rank, members in by_rank.items()},
+            frozenset(groups[True] - groups[False]),
+            frozenset(populated),
         )
 
 
@@ -208,18 +216,22 @@ class _Look:
                 parents += young
 
 
-def read_everybody(run_id: str, since: int) -> tuple[list[Member], dict[Identity, Origin]]:
+def read_everybody(
+    run_id: str, since: int, cgroups: Cgroups | None
+) -> tuple[list[Member], dict[Identity, Origin], dict[Identity, int]]:
     """Read every process; also those that were born while we were reading, so that nobody escapes by forking.
 
     Args:
         since: start ticks; the environment of what is older is not read.
 
     Returns:
-        The processes, and for those that carry the run's lineage what their environment says of their worker.
+        The processes; for those that carry the run's lineage what their environment says of their worker; for those
+        in its cgroups their ranks.
     """
     read: set[int] = set()
     seen: list[Member] = []
     origins: dict[Identity, Origin] = {}
+    inside: dict[Identity, int] = {}
     undecided: list[Member] = []
     for _ in range(LISTINGS):
         new = [pid for pid in procfs.pids() if pid not in read]
@@ -230,7 +242,11 @@ def read_everybody(run_id: str, since: int) -> tuple[list[Member], dict[Identity
                 continue
             seen.append(member)
             # At once, because who flees is gone after the look. A zombie has no environment any more.
-            if member.alive and member.started >= since and not _note_origin(member, run_id, origins):
+            if not member.alive or member.started < since:
+                continue
+            if cgroups is not None and (rank := cgroups.rank_of(pid)) is not None:
+                inside[member.identity] = rank
+            if not _note_origin(member, run_id, origins):
                 undecided.append(member)
         if not new:
             break
@@ -239,7 +255,11 @@ def read_everybody(run_id: str, since: int) -> tuple[list[Member], dict[Identity
         if not undecided:
             break
         time.sleep(EXEC_PAUSE)
-    return seen, origins
+    return seen, origins, inside
+
+
+def _is_populated(cgroup: str) -> bool:
+    return bool(cgroup) and cgroupfs.is_populated(cgroup)
 
 
 def _note_origin(member: Member, run_id: str, origins: dict[Identity, Origin]) -> bool:

@@ -20,6 +20,7 @@ from .._child import procfs
 from .._exit import ExitStatus
 from .._results import ExitUsage
 from . import platform
+from .cgroups import usage_of
 from .pace import Pace
 from .trampoline import Confirmation
 
@@ -56,14 +57,16 @@ class Process:
         child: what its collector knows of it.
         started_ns: monotonic nanoseconds before it was started.
         confirmation: of the trampoline that it was started through; None without one.
+        cgroup: folder of its own cgroup; empty without one.
     """
 
-    def __init__(self, child: Child, started_ns: int, confirmation: Confirmation | None) -> None:
+    def __init__(self, child: Child, started_ns: int, confirmation: Confirmation | None, cgroup: str = "") -> None:
         self._loop = asyncio.get_running_loop()
         self._child = child
         self._confirmation = confirmation
         self._pace = Pace.of_running_loop()
         self._retry: asyncio.TimerHandle | None = None
+        self.cgroup = cgroup
         self.pid = child.pid
         self.pidfd = child.pidfd
         self.started_ns = started_ns
@@ -111,9 +114,11 @@ class Process:
         self._loop.remove_reader(self.pidfd)
         now, seconds = procfs.now_ticks(), cpu_seconds(self.pid)
         status = platform.peek_status(self.pidfd)
+        if self.cgroup:
+            self.usage = usage_of(self.cgroup)
         if status is not None:
             # Still there after the figures were read, so they were its own.
-            self.held_ticks, self.usage = now, ExitUsage(cpu_seconds=seconds)
+            self.held_ticks, self.usage = now, self.usage if self.cgroup else ExitUsage(cpu_seconds=seconds)
             self._resolve(status)
         else:
             self._child.was_collected()

@@ -40,6 +40,8 @@ class Command:
     rank: int
     who: str
     """Run and rank, as error texts name them."""
+    cgroup: str = ""
+    """Folder of the cgroup it is to be in; empty for ours."""
 
     @property
     def program(self) -> str:
@@ -96,7 +98,7 @@ async def launch(command: Command) -> Process:
     Raises:
         OSError: of the errno's class, naming run and rank. What a trampoline meets comes from `Process.confirmed`.
     """
-    words = needed_for(command.options, command.rank, command.env, who=command.who)
+    words = needed_for(command.options, command.rank, command.env, who=command.who, cgroup=command.cgroup)
     if words is None:
         return await _spawn(command, command.argv, command.pass_fds, None)
     path = resolve(command.program, command.env, command.cwd, who=command.who)
@@ -148,7 +150,7 @@ async def _spawn(
         if isinstance(error, RuntimeError) and "thread" not in str(error):
             raise
         _refuse(command, error)
-    return Process(collection, started_ns, confirmation)
+    return Process(collection, started_ns, confirmation, command.cgroup)
 
 
 async def _abandon(collection: Collection, error: BaseException) -> None:

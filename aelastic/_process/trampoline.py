@@ -23,16 +23,19 @@ RESTORED = frozenset({signal.SIGPIPE, signal.SIGXFSZ})
 """Ignored signals that `Popen` and uvloop restore by themselves."""
 
 
-def needed_for(options: WorkerOptions, rank: int, env: Mapping[str, str], *, who: str) -> tuple[str, ...] | None:
+def needed_for(
+    options: WorkerOptions, rank: int, env: Mapping[str, str], *, who: str, cgroup: str = ""
+) -> tuple[str, ...] | None:
     """What the trampoline must do, a word each; None when fork and exec suffice.
 
     Args:
         env: the worker's, which the interpreter in between must not change.
+        cgroup: folder of the one it is to be in; empty for none.
 
     Raises:
         OSError: ENOEXEC, if there is no interpreter to do it.
     """
-    words = (*_options(options, rank),)
+    words = (*([f"cgroup={cgroup}"] if cgroup else ()), *_options(options, rank))
     hup_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     if not words and _signals_are_clean(hup_ignored=hup_ignored):
         return None

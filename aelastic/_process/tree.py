@@ -14,11 +14,12 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Executor
 from typing import final
 
-from .._child import procfs
+from .._child import cgroupfs, procfs
 from .._child.procfs import Member
 from .._results import Survivor
 from . import census, platform
 from .census import Census, Identity, Leader, Sight
+from .cgroups import Cgroups
 from .handle import Process
 from .signals import Groups, signal_members
 
@@ -43,12 +44,13 @@ class Tree:
     Args:
         run_id: what their lineage shows.
         executor: where /proc is read; simultaneous questions share one reading that began after they were asked.
+        cgroups: of the run, if it has any.
     """
 
-    def __init__(self, run_id: str, executor: Executor) -> None:
+    def __init__(self, run_id: str, executor: Executor, cgroups: Cgroups | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         self._executor = executor
-        self._census = Census(run_id)
+        self._census = Census(run_id, cgroups)
         self._leaders: dict[int, Leader] = {}
         self._retired: list[Process] = []
         self._last = Sight()
@@ -84,6 +86,14 @@ class Tree:
         """
         await self._look(LOOK_WITHIN)
         return self._last.everything if rank is None else self._of(rank)
+
+    async def is_gone(self, rank: int) -> bool:
+        """Whether nothing of a rank is alive."""
+        return await self._look(LOOK_WITHIN) and self._is_gone(rank)
+
+    def _is_gone(self, rank: int) -> bool:
+        """As the last look saw it: what no list shows, because it flees while it is read, its cgroup still counts."""
+        return not self._of(rank) and rank not in self._last.populated
 
     def _of(self, rank: int) -> tuple[Member, ...]:
         leader = self._leaders.get(rank)
@@ -129,8 +139,8 @@ class Tree:
     async def press(self, rank: int, sig: int, until: float, *, hurry: asyncio.Future[None], on_hit: OnHit) -> bool:
         """Send a signal to everything of a rank, and wait until nothing is left.
 
-        Everybody gets it once; SIGKILL goes again to whatever is still there, and to whole groups at once, so that
-        nothing can fork faster than it is killed. Every other signal is followed by SIGCONT.
+        Everybody gets it once; SIGKILL goes again to whatever is still there, and to whole groups and cgroups at once,
+        so that nothing can fork faster than it is killed. Every other signal is followed by SIGCONT.
 
         Args:
             until: when to give up, on the loop's clock.
@@ -149,11 +159,13 @@ class Tree:
         while True:
             looked = await self._look(min(until - self._loop.time(), LOOK_WITHIN))
             members = self._of(rank)
-            if looked and not members:
+            if looked and self._is_gone(rank):
                 empty += 1
                 if rounds < empty * 2:
                     return True
                 continue  # it grew while it was pressed: one look might have missed the last one
+            if sig == signal.SIGKILL:
+                await self._kill_cgroup(rank)
             strays = self._not_reached(rank, members, hit, began if by_group else None)
             if strays:
                 await self._hit(strays, sig, on_hit, stubborn=rounds > 1)
@@ -177,6 +189,12 @@ class Tree:
         if was_alive:
             on_hit((leader.process.pid,), sig)
         return True
+
+    async def _kill_cgroup(self, rank: int) -> None:
+        leader = self._leaders.get(rank)
+        if leader is not None and leader.process.cgroup:
+            job = self._loop.run_in_executor(self._executor, cgroupfs.kill, leader.process.cgroup)
+            await asyncio.wait({job}, timeout=LOOK_WITHIN)
 
     def _not_reached(
         self, rank: int, members: Iterable[Member], hit: set[Identity], began: int | None
