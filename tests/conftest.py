@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 import pytest
 import pytest_asyncio
 
-from tests import leaks
+from tests import leaks, matrix
 
 LINUX = sys.platform.startswith("linux")
 
@@ -42,6 +42,14 @@ def pytest_sessionstart() -> None:
                 runner.run(_warm_up())
         except pytest.skip.Exception:
             sys.stderr.write(f"{name} is not installed: its tests are skipped\n")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the table of the zoo, where it was walked through."""
+    if matrix.has_cells():
+        terminalreporter.section("nothing left")
+        for line in matrix.lines():
+            terminalreporter.write_line(line)
 
 
 async def _warm_up() -> None:

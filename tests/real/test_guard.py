@@ -26,7 +26,7 @@ from aelastic._child import procfs
 from aelastic._guard import Watch, watch
 from tests import leaks
 from tests.ways_to_die import PYTHON
-from tests.zoo import DEAF_CHILD, OBEDIENT, OWN_SESSION, TREES, Tree
+from tests.zoo import DEAF_CHILD, OBEDIENT, OWN_SESSION
 
 NET = 60.0
 """Seconds after which a test is taken to hang."""
@@ -142,23 +142,6 @@ async def guard_of(supervisor_pid: int, *, other_than: int = 0) -> int:
 async def guards_gone(supervisor_pid: int) -> None:
     while supervisor_pid in guards().values():
         await asyncio.sleep(0.005)
-
-
-@pytest.mark.parametrize("tree", TREES, ids=str)
-async def test_nothing_outlives_a_killed_supervisor(tree: Tree) -> None:
-    """Within the grace and a second, whatever the tree looks like."""
-    ranks = 1 if tree.leaves else 2  # one that ends would take the other with it
-    async with supervisor(tree.argv, ranks=ranks) as zoo:
-        await zoo.said("alive", ranks * tree.lines)
-        assert await zoo.gone() < GRACE + BOUND
-
-
-@pytest.mark.parametrize("tree", TREES, ids=str)
-async def test_kill_asks_nobody(tree: Tree) -> None:
-    """With `on_supervisor_death="kill"` there is no grace."""
-    async with supervisor(tree.argv, stop={"on_supervisor_death": "kill", "orphan_grace": 30.0}) as zoo:
-        await zoo.said("alive", tree.lines)
-        assert await zoo.gone() < BOUND
 
 
 @pytest.mark.parametrize("milliseconds", [0, 1, 3, 10, 20, 40, 80, 160])
