@@ -277,7 +277,7 @@ class Starting:
         context = SubprocessContext(run) if run.spec.is_command else MultiprocessContext(run)
         run.context = context
         run.begin()
-        await outlast(run.started, on_cancel=lambda: run.stop(None, "its start was cancelled"))
+        await outlast(run.started, on_cancel=lambda: run.stop(None, "its start was cancelled"), end=run.finished)
         return context
 
     async def __aenter__(self) -> PContext:

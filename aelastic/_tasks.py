@@ -51,31 +51,40 @@ def service(coro: Coroutine[Any, Any, T], *, name: str, on_cancel: Callable[[], 
     return task
 
 
-async def outlast(future: asyncio.Future[T], *, on_cancel: Callable[[], None] | None = None) -> T:
+async def outlast(
+    future: asyncio.Future[T],
+    *,
+    on_cancel: Callable[[], None] | None = None,
+    end: asyncio.Future[Any] | None = None,
+) -> T:
     """Wait for a bounded future however often the caller is cancelled.
 
     Args:
         future: never cancelled from here.
         on_cancel: called at the first cancellation; it makes the future end soon. Without it the wait is shielded
             from the start, since ending is already under way.
+        end: what a cancelled caller waits for in place of `future`, which may be done as the cancellation comes.
 
     Returns:
         The future's result, if nobody cancelled the caller.
 
     Cancellation:
-        Raised after the future is done; an error of the future is then its context.
+        Raised after the future (or `end`) is done; what that ended with is then left aside.
     """
     cancelled = await _until_done(future) if on_cancel is not None else None
+    awaited: asyncio.Future[Any] = future
     if cancelled is not None and on_cancel is not None:
         on_cancel()
+        awaited = end or future
     # anyio's shield holds off anyio's scopes (they would cancel us on every turn of the loop); a native cancel
     # goes through it, so it is caught and kept.
     with anyio.CancelScope(shield=True) if BACKEND in sys.modules else nullcontext():
-        while not future.done():
-            cancelled = await _until_done(future) or cancelled
+        while not awaited.done():
+            cancelled = await _until_done(awaited) or cancelled
     if cancelled is not None:
-        if not future.cancelled():
-            future.exception()  # seen: the cancellation is what the caller is told
+        for each in (future, awaited):
+            if each.done() and not each.cancelled():
+                each.exception()  # seen: the cancellation is what the caller is told
         raise cancelled
     return future.result()
 

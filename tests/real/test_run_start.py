@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from aelastic import DefaultLogsSpecs, PContext, Starting, Std, start_processes
+from aelastic._run import Run
 from tests.real.runs import PATIENT, capture, ready, redirect, start
 from tests.ways_to_die import DEAF_TO_TERM, DIES_STARTING, EXIT_0, EXIT_3, RUNS_ON, WAYS, Way
 
@@ -56,6 +57,24 @@ async def test_a_start_cancelled_again_and_again_leaves_nothing() -> None:
 
 async def begun(starting: Starting) -> PContext:
     return await starting
+
+
+async def test_a_start_cancelled_as_it_succeeds_has_ended_when_the_cancellation_arrives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody is given the context of such a start, so nobody else could close it."""
+    begin, runs = Run.begin, []
+
+    def begin_and_cancel(run: Run) -> None:
+        runs.append(run)
+        run.started.add_done_callback(lambda _: task.cancel())
+        begin(run)
+
+    monkeypatch.setattr(Run, "begin", begin_and_cancel)
+    task = asyncio.ensure_future(begun(start(dict.fromkeys(range(2), RUNS_ON), logs_specs=capture())))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert [run.result is not None for run in runs] == [True]
 
 
 async def test_a_start_under_a_timeout_leaves_nothing() -> None:

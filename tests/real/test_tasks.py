@@ -45,6 +45,22 @@ async def test_outlast_passes_the_first_cancellation_of_a_scope_on() -> None:
     assert scope.cancelled_caught
 
 
+async def test_a_cancelled_caller_waits_for_the_end_although_what_it_waited_for_is_done() -> None:
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[int] = loop.create_future()
+    end: asyncio.Future[None] = loop.create_future()
+    waiter = asyncio.ensure_future(outlast(future, on_cancel=lambda: None, end=end))
+    await asyncio.sleep(0)
+    waiter.cancel()
+    future.set_result(1)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not waiter.done()
+    end.set_result(None)
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+
+
 async def test_outlast_gives_the_result_to_a_caller_that_nobody_cancelled() -> None:
     future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     asyncio.get_running_loop().call_soon(future.set_result, 7)
