@@ -137,7 +137,7 @@ class Schedule(RuleBasedStateMachine):
     @rule(rank=st.integers(0, 2), immortal=st.sampled_from([False, False, True]))
     def a_worker_can_not_be_killed(self, rank: int, immortal: bool) -> None:
         for process in self.world.living(rank):
-            process.immortal = immortal
+            process.immortal = process.immortal or immortal
 
     @rule(seconds=st.sampled_from([0.0, 0.0, 0.01, 0.05, 0.2, 1.0, 10.0, 70.0]))
     def time_passes(self, seconds: float) -> None:
