@@ -24,7 +24,8 @@ from aelastic import AttemptStarted, Backoff, RestartPolicy, RestartScheduled, R
 from tests.fake.world import FakeProcess, World
 
 LONG = os.environ.get("AELASTIC_TEST_LONG", "") not in ("", "0")
-SCHEDULES = 10_000 if LONG else 200
+PARTS, SCHEDULES = (40, 250) if LONG else (1, 200)
+"""Schedules of each part; no single test may take minutes."""
 STEPS = StopPolicy(steps=((15, 5.0), (9, 1.0)), drain=1.0)
 
 
@@ -202,7 +203,8 @@ class Schedule(RuleBasedStateMachine):
             assert finished <= self.world.closed_at + STEPS.bound + STEPS.drain + sum(self.moments) + 1.0
 
 
-def test_any_schedule() -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_any_schedule(part: int) -> None:
     """Stop beats start; never two incarnations of a rank at once; never a restart after a close; no budget exceeded."""
     run_state_machine_as_test(
         Schedule,

@@ -73,6 +73,7 @@ class FakeProcess:
         self.usage = ExitUsage()
         self.deaf = world.deaf
         self.immortal = False
+        self.cgroup = ""
         self.left = False
         """Whether something that it left behind is alive."""
 
@@ -122,9 +123,9 @@ class FakeTree:
     def add(self, rank: int, process: Any) -> None:
         pass
 
-    async def members(self, rank: int | None = None) -> tuple[int, ...]:
+    async def is_gone(self, rank: int) -> bool:
         await asyncio.sleep(0)
-        return tuple(each.pid for each in self.world.living(rank))
+        return not self.world.living(rank)
 
     async def press(self, rank: int, sig: int, until: float, *, hurry: asyncio.Future[None], on_hit: Any) -> bool:
         for process in self.world.living(rank):
@@ -225,11 +226,12 @@ class World:
             return await run._see_through(await settle(0), machines)
 
         inline, ignore = Inline(), SimpleNamespace(worker=lambda *_: None)
+        ward = SimpleNamespace(meter=SimpleNamespace(at_exit=lambda _pid, seen: seen))
         machines = cast(
             "Machines",
             SimpleNamespace(
                 bus=run.bus, tree=FakeTree(self), threads=inline, disks=inline, hub=None, console=None, watch=ignore,
-                server=None, starts=asyncio.Lock(),
+                ward=ward, cgroups=None, server=None, starts=asyncio.Lock(),
             ),
         )  # fmt: skip
         run.bus.journal = lambda event: self.events.append((self.loop.now, event))
