@@ -71,6 +71,16 @@ def test_the_example_runs(tmp_path: Path) -> None:
     assert "trainer: succeeded" in done.stdout
 
 
+def test_the_example_of_health_runs(tmp_path: Path) -> None:
+    """A real server, asked by nobody but its own log."""
+    (tmp_path / "web.py").write_text(
+        block("Wait until it is ready, notice when it is stuck", "python"), encoding="utf-8"
+    )
+    done = run([sys.executable, "-W", "error", "web.py"], tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"serving on port \d+\nUsage\(cpu_seconds=.*processes=1\)\n", done.stdout)
+
+
 def test_no_address_and_no_machine_in_it() -> None:
     """It is true everywhere."""
     assert not re.search(r"https?://|/work/|/home/|/root/", README)

@@ -16,6 +16,8 @@ def speaker(code: str) -> tuple[str, ...]:
     return (sys.executable, "-I", "-S", "-c", prelude + code)
 
 
+LONG = bool(os.environ.get("AELASTIC_TEST_LONG"))
+METHODS = ("spawn", "fork", "forkserver") if LONG else ("spawn", "fork")
 READY_THEN_RESTS = "ready()\nsignal.pause()"
 """Says that it is ready, and lives until it is stopped."""
 

@@ -14,22 +14,25 @@ from typing import Any
 import pytest
 
 from aelastic import (
+    Backoff,
     DefaultLogsSpecs,
     HealthPolicy,
     HttpGet,
     LinePattern,
     Notify,
     PContext,
+    RestartPolicy,
     Std,
     StreamNotCaptured,
     TcpPort,
     WorkerFailed,
     WorkerNotReady,
+    WorkerOptions,
     WorkerReady,
     WorkerStarted,
     start_processes,
 )
-from tests.real.patients import READY_THEN_RESTS, be_ready_and_rest, speaker
+from tests.real.patients import METHODS, READY_THEN_RESTS, be_ready_and_rest, speaker
 from tests.real.runs import QUICK, all_events, capture, redirect
 from tests.ways_to_die import FOREVER, PYTHON
 
@@ -72,7 +75,7 @@ async def test_a_rank_says_that_it_is_ready() -> None:
     assert told.index("WorkerStarted") < told.index("WorkerReady") < told.index("WorkerExited")
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+@pytest.mark.parametrize("method", METHODS)
 async def test_a_function_says_that_it_is_ready(method: Any) -> None:
     """Whatever made its process."""
     health = ready(Notify())
@@ -365,3 +368,25 @@ async def test_the_socket_is_there_only_with_a_policy() -> None:
         async with launch(show, health=health) as ctx:
             assert (await ctx.wait_for_line("None|1500000", timeout=NET)).line.text == line
             assert (await ctx.wait()).outcome == "succeeded"
+
+
+FLAKY = "import pathlib; seen = pathlib.Path('seen'); first = not seen.exists(); seen.touch()\n"
+"""Tells the first incarnation from the later ones, by a file in its directory."""
+
+
+@pytest.mark.parametrize("scope", ["gang", "rank"])
+async def test_who_waits_is_not_told_of_what_is_started_again(scope: Any, tmp_path: Path) -> None:
+    """A run that may restart is waited for; a budget that is spent is the end."""
+    options = {"options": WorkerOptions(cwd=tmp_path), "health": ready(Notify(), start_order="sequential")}
+    flaky = speaker(f"{FLAKY}\nif first: sys.exit(3)\n{READY_THEN_RESTS}")
+    again = RestartPolicy(max_restarts=1, scope=scope, backoff=Backoff(initial=0.0))
+    async with launch(flaky, speaker(READY_THEN_RESTS), restart=again, **options) as ctx:
+        await ctx.wait_ready(NET)
+        assert ctx.attempt == 1
+    hopeless = speaker("sys.exit(3)")
+    async with launch(hopeless, speaker(READY_THEN_RESTS), restart=again, **options) as ctx:
+        with pytest.raises(WorkerNotReady, match=r"rank 0 .* exited with code 3 before it was ready") as caught:
+            await ctx.wait_ready(NET)
+        result = await ctx.wait()
+    assert caught.value.failures[0].exitcode == 3
+    assert (result.outcome, result.attempts, set(result.exits)) == ("failed", 2, {0})

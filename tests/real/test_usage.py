@@ -48,7 +48,13 @@ async def test_samples_go_to_the_journal_and_tell_the_peak(tmp_path: Path) -> No
     """Every so often, all ranks in one event; the peak is in the exit."""
     health = HealthPolicy(ready=Notify(), usage_every=0.05)
     async with start_processes(
-        "test", spend, {0: (0.05, 64 * MIB)}, logs_specs=redirect(tmp_path), health=health, stop=QUICK
+        "test",
+        spend,
+        {0: (0.05, 64 * MIB)},
+        start_method="fork",
+        logs_specs=redirect(tmp_path),
+        health=health,
+        stop=QUICK,
     ) as ctx:
         await ctx.wait_ready(30)
         sampled = [event async for event in _samples(ctx, 3)]

@@ -10,15 +10,24 @@ from typing import Any
 
 import pytest
 
-from aelastic import HealthPolicy, Notify, WatchdogExpired, WorkerExited, WorkerFailed, start_processes
-from tests.real.patients import be_ready_and_rest, beat, hold_interpreter, speaker
+from aelastic import (
+    Backoff,
+    HealthPolicy,
+    Notify,
+    RestartPolicy,
+    WatchdogExpired,
+    WorkerExited,
+    WorkerFailed,
+    start_processes,
+)
+from tests.real.patients import METHODS, be_ready_and_rest, beat, hold_interpreter, speaker
 from tests.real.runs import PATIENT, QUICK, all_events, redirect, tee
 from tests.real.test_ready import launch
 
 WATCHED = HealthPolicy(ready=Notify(), watchdog=0.2)
 
 
-@pytest.mark.parametrize(("method", "logs"), [("spawn", tee), ("fork", redirect), ("forkserver", redirect)])
+@pytest.mark.parametrize(("method", "logs"), list(zip(METHODS, (tee, redirect, redirect), strict=False)))
 async def test_a_worker_stuck_in_c_shows_its_stacks_and_is_killed(method: Any, logs: Any, tmp_path: Path) -> None:
     """Although it holds the GIL: the stacks are in its stderr log, the failure is `watchdog`, others are stopped."""
     run = start_processes(
@@ -74,7 +83,7 @@ async def test_heartbeats_keep_it_alive_from_ready_on() -> None:
 async def test_a_stalled_loop_is_no_alarm_and_hides_none() -> None:
     """What arrived while the host's loop slept counts, more than the socket's queue holds included."""
     options: dict[str, Any] = {"health": WATCHED, "stop": replace(QUICK, on_failure="continue")}
-    async with start_processes("test", _beat_or_stop, {0: (0,), 1: (1,)}, **options) as ctx:
+    async with start_processes("test", _beat_or_stop, {0: (0,), 1: (1,)}, start_method="fork", **options) as ctx:
         await ctx.wait_ready(30)
         time.sleep(0.5)  # the host itself is stuck
         result = await ctx.wait()
@@ -111,7 +120,7 @@ async def test_a_worker_may_ask_for_its_end() -> None:
 
 async def test_a_block_that_lasts_too_long_is_ended() -> None:
     """By the supervisor, with the GIL held, without any watchdog; stacks and event as for one."""
-    run = start_processes("test", hold_interpreter, {0: (0.2,)}, health=HealthPolicy(), stop=QUICK)
+    run = start_processes("test", hold_interpreter, {0: (0.2,)}, start_method="fork", health=HealthPolicy(), stop=QUICK)
     async with run as ctx:
         result = await ctx.wait()
     assert result.failures[0].reason == "watchdog"
@@ -147,3 +156,24 @@ def test_a_block_needs_a_time(seconds: float) -> None:
 
     with pytest.raises(ValueError, match="above 0"):
         expires(seconds)
+
+
+async def test_a_stuck_worker_is_started_again(tmp_path: Path) -> None:
+    """A watchdog's failure is one like any other: the next attempt is well, and the story is kept."""
+    again = RestartPolicy(max_restarts=1, backoff=Backoff(initial=0.0))
+    options: dict[str, Any] = {"logs_specs": redirect(tmp_path), "health": WATCHED, "stop": QUICK}
+    async with start_processes("test", _stuck_first, {0: ()}, start_method="fork", restart=again, **options) as ctx:
+        result = await ctx.wait()
+    assert (result.outcome, result.attempts, result.return_values) == ("succeeded", 2, {0: 2})
+    assert result.history[0][0].reason == "watchdog"
+    first = Path(ctx.log_dir, "attempt_0", "0", "stderr.log").read_text(encoding="utf-8")
+    assert "hold_interpreter" in first
+    assert Path(result.stderrs[0]).read_text(encoding="utf-8") == ""
+
+
+def _stuck_first() -> int:
+    from aelastic.worker import attempt
+
+    if not attempt():
+        hold_interpreter()
+    return beat(0.05, 2)
