@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ._child.mainmodule import check_not_being_prepared
 from ._conditions import HealthPolicy
 from ._context import Starting
 from ._logs import LogsSpecs
@@ -63,6 +64,7 @@ def start_processes(
         TypeError: if something has the wrong type.
         ValueError: if a value can't be meant, or a string holds a NUL byte.
         StreamNotCaptured: if a `LinePattern` looks at a stream that doesn't pass through the supervisor.
+        RuntimeError: if a worker that is importing the main module asks for it.
         OSError: of the errno's own class, naming run and rank, if one can't be started, and no restart is left for it;
             the others are gone then.
 
@@ -98,6 +100,7 @@ def start_processes(
         )
         if logs_specs is not None and not isinstance(logs_specs, LogsSpecs):
             raise TypeError(f"{name}: logs_specs must be a LogsSpecs such as DefaultLogsSpecs(), not {logs_specs!r}")
+        check_not_being_prepared(name)
         return Run(spec, logs_specs, journal=journal)
 
     return Starting(make)

@@ -10,7 +10,6 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any, final
 
-from aelastic._child import mainmodule
 from aelastic._process import Command, Confirmation, Process, launch
 from aelastic._returned import Returned
 from aelastic._spec import LINEAGE, RunSpec
@@ -59,9 +58,8 @@ class Function:
 
         Raises:
             pickle.PicklingError: naming the rank, if a call can't be sent to a worker.
-            RuntimeError: if the main module that a worker is importing asked for it, or there is no interpreter.
+            RuntimeError: if there is no interpreter.
         """
-        mainmodule.check_not_being_prepared(spec.name)
         if spec.start_method == "fork":
             return cls(spec, ranks, {}, (), server)
         payloads, program = await asyncio.get_running_loop().run_in_executor(threads, _pickle_all, spec, ranks)

@@ -13,7 +13,6 @@ import os
 import pickle
 import resource
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -41,7 +40,6 @@ from aelastic._process import Command, Process
 from aelastic._spec import check
 from tests.real.jobs import Counter, Trap, be_picky, double, double_later, evaluate, fail, write_to
 
-ROOT = Path(__file__).parents[2]
 NET = 60.0
 """Seconds; only a net."""
 
@@ -498,7 +496,7 @@ def fork(request: pytest.FixtureRequest, threads: ThreadPoolExecutor, tmp_path: 
     return functools.partial(started, request.param, threads, tmp_path)
 
 
-async def test_a_forked_worker_is_what_its_options_and_environment_say(fork: Start, tmp_path: Path) -> None:
+async def test_a_worker_is_what_its_options_and_environment_say(start: Start, tmp_path: Path) -> None:
     code = """
         import os, resource, signal, sys
         print("to stdout")
@@ -518,7 +516,7 @@ async def test_a_forked_worker_is_what_its_options_and_environment_say(fork: Sta
         }
     """
     options = WorkerOptions(cwd=tmp_path, umask=0o077, rlimits={resource.RLIMIT_NOFILE: (99, 99)}, cpus={0})
-    async with fork(evaluate, code, env={"MARK": "x"}, options=options, nprocs=2) as ranks:
+    async with start(evaluate, code, env={"MARK": "x"}, options=options, nprocs=2) as ranks:
         for rank in (0, 1):
             assert await ranks.returned(rank) == Value(
                 {
@@ -599,101 +597,6 @@ async def test_when_the_fork_server_dies_its_workers_are_still_told_of(
     async with started("forkserver", threads, tmp_path, evaluate, code) as ranks:
         assert await ranks.returned() == Value(7)
         assert await ranks.status() in (ExitStatus(0, None), ExitStatus(None, None))
-
-
-MAIN = """
-import asyncio, os, sys
-from concurrent.futures import ThreadPoolExecutor
-from tests.real.test_functions import main_program
-
-class Point:
-    def __init__(self, x): self.x = x
-
-def make(x):
-    print("made by", __name__, flush=True)
-    return Point(x)
-
-{guard}
-    returned, status, log = main_program({function}, 3)
-    print(returned.value.x, type(returned.value) is Point)
-"""
-
-
-def main_program(entrypoint: Callable[..., Any], *args: Any) -> tuple[Any, ExitStatus, str]:
-    """Run one rank from a program of its own."""
-
-    async def run() -> tuple[Any, ExitStatus, str]:
-        with ThreadPoolExecutor(1) as executor:
-            spec = check(
-                "fn",
-                entrypoint,
-                {0: args},
-                None,
-                None,
-                "spawn",
-                duplicate_stdout_filters=None,
-                duplicate_stderr_filters=None,
-                options=None,
-                stop=None,
-            )
-            function = await Function.prepare(spec, [0], executor, ForkServer("fn", spec.options))
-            folder = Path(os.environ["FOLDER"])
-            process = await launch(function, 0, folder, {}, spec.options)
-            returned, status = await function.returned[0], await process.exited
-            await process.reaped(NET)
-            await function.close()
-            process.close()
-            return returned, status, (folder / "0.err").read_text()
-
-    returned, status, log = asyncio.run(run())
-    if not isinstance(returned, Value):
-        sys.stderr.write(log)
-    return returned, status, log
-
-
-def run_main(tmp_path: Path, arguments: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT), str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, *arguments],
-        input=text,
-        env={**os.environ, "FOLDER": str(tmp_path), "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=NET,
-    )
-
-
-GUARD = 'if __name__ == "__main__":'
-
-
-@pytest.mark.parametrize("function", ["make", "lambda x: make(x)"])
-@pytest.mark.parametrize("how", ["path", "module", "-c", "stdin"])
-def test_functions_of_the_main_module_travel(tmp_path: Path, how: str, function: str) -> None:
-    text = MAIN.format(guard=GUARD, function=function)
-    (tmp_path / "program.py").write_text(text)
-    arguments = {
-        "path": [str(tmp_path / "program.py")],
-        "module": ["-m", "program"],
-        "-c": ["-c", text],
-        "stdin": ["-"],
-    }
-    done = run_main(tmp_path, arguments[how], text if how == "stdin" else "")
-    assert done.stdout == "3 True\n", done.stderr
-
-
-def test_an_unguarded_main_module_gets_a_clear_error_and_no_fork_bomb(tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text(MAIN.format(guard="if True:", function="make"))
-    done = run_main(tmp_path, [str(tmp_path / "program.py")])
-    assert done.returncode == 1
-    assert 'put what starts the run under `if __name__ == "__main__":`' in done.stderr
-
-
-def test_a_main_module_that_exits_when_imported_is_told(tmp_path: Path) -> None:
-    text = MAIN.format(guard=GUARD, function="make") + "\nelse:\n    sys.exit(0)\n"
-    (tmp_path / "program.py").write_text(text)
-    done = run_main(tmp_path, [str(tmp_path / "program.py")])
-    assert "something that was imported for it exits" in done.stderr
 
 
 async def test_the_loop_goes_on_while_a_large_result_arrives(spawn: Start) -> None:
