@@ -23,6 +23,7 @@ from ._failures import ProcessFailure
 from ._function import Function
 from ._health import Monitor
 from ._lifecycle import State, schedule
+from ._limits import shortage
 from ._logs import Outputs
 from ._policies import Step
 from ._process import Command, Process, launch, resolve
@@ -170,7 +171,11 @@ class Gang:
         """Make ready to observe a worker of this rank, and let it know how to talk to us."""
         if self.spec.health is not None:
             self._starting = rank
-            self._monitors[rank] = monitor = self._machines.ward.monitor(rank, self.spec.health)
+            try:
+                self._monitors[rank] = monitor = self._machines.ward.monitor(rank, self.spec.health)
+            except OSError as error:
+                what = shortage(error.errno or 0) or error.strerror
+                raise OSError(error.errno, f"{self.spec.who(rank)} can't be started: no socket: {what}") from error
             self.terms.envs[rank].update(monitor.env)
 
     def captures(self) -> dict[int, dict[str, str]]:

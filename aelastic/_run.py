@@ -219,7 +219,7 @@ class Run:
         ward = Ward(
             self.spec.name,
             pids=self.pids,
-            members=tree.members,
+            members=tree.by_rank,
             poke=signal_alone,
             lines=self._lines_of,
             ask=self._ask,

@@ -317,7 +317,8 @@ class Worker:
         return () if gone else await self._left_over()
 
     async def _show_stacks(self) -> None:
-        if self._policy.dump_stacks and self.verdict is None and not self._process.exited.done():
+        shown = self.verdict is not None and self.verdict.kills
+        if self._policy.dump_stacks and not shown and not self._process.exited.done():
             await self._ward.stacks.into_log(self.rank, self.pid, f"it is killed next: {self._why}")
 
     async def _step(self, due: Due) -> bool:

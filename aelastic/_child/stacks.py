@@ -37,15 +37,16 @@ def show_on_signal(*, forked: bool = False) -> None:
     if SIGNAL not in _signal.valid_signals() or _signal.getsignal(SIGNAL) != _signal.SIG_DFL:
         return
     try:
-        fd = os.memfd_create(MEMORY)
+        _memory.append(_open_memory())
     except OSError:
         return  # a sandbox, or no descriptor is left
-    _append_only(fd)
-    _memory.append(fd)
-    faulthandler.register(SIGNAL, file=fd, all_threads=True)
+    faulthandler.register(SIGNAL, file=_memory[0], all_threads=True)
 
 
-def _append_only(fd: int) -> None:
-    import fcntl
-
-    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
+def _open_memory() -> int:
+    """Memory that is only ever written at its end: the supervisor empties it before it asks."""
+    fd = os.memfd_create(MEMORY)
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+    finally:
+        os.close(fd)

@@ -23,7 +23,7 @@ from .._descriptors import close_socket, open_datagram_socket
 DATAGRAM_BYTES = 1 << 16
 MOST_DESCRIPTORS = 253
 """SCM_MAX_FD of unix(7)."""
-MOST_AT_ONCE = 100
+MOST_AT_ONCE = 20
 """Datagrams of one rank that are read before the loop's other tasks have a turn; the kernel queues 10 by default."""
 CLOSE_ON_EXEC: int = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 

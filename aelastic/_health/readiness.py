@@ -26,8 +26,8 @@ class Reader(Protocol):
 
     def __aiter__(self) -> AsyncIterator[LogLine]: ...
 
-    async def aclose(self) -> None:
-        """End it."""
+    def close_nowait(self) -> None:
+        """End it: until then it holds the worker back for what is not read."""
 
 
 @final
@@ -101,8 +101,7 @@ class Readiness:
     def _is_met(self, leaf: Condition) -> None:
         self._met.add(leaf)
         if not self._over and self._condition.is_met(self._met):
-            self._over = True
-            self._cancel()
+            self.stop()
             self._on_ready()
 
     async def _read(self, leaf: LinePattern, reader: Reader) -> None:
@@ -112,7 +111,7 @@ class Readiness:
                 break
         else:
             return  # it was closed
-        await reader.aclose()
+        reader.close_nowait()
         self._is_met(leaf)
 
     async def _ask_until_yes(self, leaf: TcpPort | HttpGet | Asked) -> None:
@@ -132,22 +131,16 @@ class Readiness:
         except Exception as error:  # noqa: BLE001  # the user's code: a client that finds no server yet raises anything
             return f"{type(error).__name__}: {why(error)}"
 
-    def _cancel(self) -> None:
-        current = asyncio.current_task()
-        for task in self._tasks:
-            if task is not current:
-                task.cancel()
-
     def stop(self) -> None:
         """Look no more; idempotent, also while no loop runs."""
         self._over = True
+        for reader in self._readers.values():
+            reader.close_nowait()
         for task in self._tasks:
             task.cancel()
 
     async def end(self) -> None:
-        """Look no more, and let go of everything; idempotent, bounded."""
+        """Look no more, and wait until nobody does; idempotent, bounded."""
         self.stop()
-        for reader in self._readers.values():
-            await reader.aclose()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=END_WITHIN)

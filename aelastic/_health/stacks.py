@@ -18,7 +18,7 @@ import select
 import shutil
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import final
 
@@ -26,6 +26,8 @@ from .._child import procfs
 from .._child.procfs import Member
 from .._child.stacks import MEMORY, SIGNAL
 
+Members = Callable[[Collection[int]], Awaitable[Mapping[int, Sequence[Member]]]]
+"""Gives the live processes of ranks."""
 ANSWER_WITHIN = 2.0
 """Seconds in which a process must have written its stacks."""
 LOOK_EVERY = 0.005
@@ -43,14 +45,14 @@ class Stacks:
     """Asks the ranks of a run for their stacks.
 
     Args:
-        members: by rank, its live processes.
+        members: of these ranks, the live processes.
         poke: sends one process a signal, if it is still the same process.
         threads: where it is waited for answers.
     """
 
     def __init__(
         self,
-        members: Callable[[int], Awaitable[Sequence[Member]]],
+        members: Members,
         poke: Callable[[Member, int], bool],
         threads: Executor,
     ) -> None:
@@ -68,7 +70,8 @@ class Stacks:
         """
         answer = self._under_way.get(rank)
         if answer is None:
-            members = sorted(await self._members(rank), key=lambda member: (member.pid != pid, member.pid))
+            found = (await self._members((rank,))).get(rank, ())
+            members = sorted(found, key=lambda member: (member.pid != pid, member.pid))
             if self._closed:
                 return ENDED
             answer = self._under_way.get(rank) or self._begin(rank, members)

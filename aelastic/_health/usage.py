@@ -6,13 +6,14 @@ Nothing is read unless somebody asks, or `HealthPolicy.usage_every` is set.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import final
 
 from .._child.procfs import Member
 from .._results import ExitUsage, Usage
 from .._tasks import ServiceTask, service
+from .stacks import Members
 
 
 @final
@@ -21,14 +22,14 @@ class Meter:
 
     Args:
         pids: by rank, of the workers whose process is running.
-        members: by rank, its live processes.
+        members: of these ranks, the live processes.
         threads: where /proc is read.
     """
 
     def __init__(
         self,
         pids: Callable[[], Mapping[int, int]],
-        members: Callable[[int], Awaitable[Sequence[Member]]],
+        members: Members,
         threads: Executor,
     ) -> None:
         self._pids = pids
@@ -41,20 +42,23 @@ class Meter:
 
     async def read(self) -> dict[int, Usage]:
         """What each running rank's tree uses now; ranks that have ended are left out."""
-        trees: dict[int, tuple[int, Sequence[Member]]] = {}
-        for rank, pid in self._pids().items():
-            trees[rank] = pid, await self._members(rank)
-        if not trees or self._ends.done():
+        pids = self._pids()
+        members = await self._members(pids) if pids else {}
+        if not members or self._ends.done():
             return {}
+        trees = {rank: (pid, members.get(rank, ())) for rank, pid in pids.items()}
         reading = asyncio.get_running_loop().run_in_executor(self._threads, _read, trees)
         await asyncio.wait({reading})
         if reading.cancelled():  # the run has ended meanwhile
             return {}
         for rank, (_, own) in reading.result().items():
-            pid = trees[rank][0]
-            earlier = self._known.get(pid, ExitUsage()).peak_rss_bytes or 0
-            self._known[pid] = ExitUsage(own.cpu_seconds, max(earlier, own.peak_rss_bytes or 0))
+            if self._pids().get(rank) == pids[rank]:
+                self._remember(pids[rank], own)
         return {rank: usage for rank, (usage, _) in reading.result().items()}
+
+    def _remember(self, pid: int, own: ExitUsage) -> None:
+        earlier = self._known.get(pid, ExitUsage()).peak_rss_bytes or 0
+        self._known[pid] = ExitUsage(own.cpu_seconds, max(earlier, own.peak_rss_bytes or 0))
 
     def at_exit(self, pid: int, seen: ExitUsage) -> ExitUsage:
         """What a worker has used, from what the kernel told at its exit, else from the last sample.

@@ -13,7 +13,7 @@ from .._std import Std
 from .._threads import Threads
 from .monitor import Monitor
 from .readiness import Reader, Senses
-from .stacks import ENDED, Stacks
+from .stacks import ENDED, Members, Stacks
 from .usage import Meter
 
 WAITING = 4
@@ -27,7 +27,7 @@ class Ward:
     Args:
         name: the run's.
         pids: by rank, of the workers whose process is running.
-        members: by rank, its live processes.
+        members: of these ranks, the live processes.
         poke: sends one process a signal, if it is still the same process.
         lines: by rank and streams, its lines from the first one on.
         ask: asks a callable about a rank.
@@ -38,7 +38,7 @@ class Ward:
         name: str,
         *,
         pids: Callable[[], Mapping[int, int]],
-        members: Callable[[int], Awaitable[Sequence[Member]]],
+        members: Members,
         poke: Callable[[Member, int], bool],
         lines: Callable[[int, Std], Reader],
         ask: Callable[[Question, int], Awaitable[Any]],
@@ -50,11 +50,11 @@ class Ward:
         self.stacks = Stacks(self._members, poke, self._threads)
         self.meter = Meter(pids, self._members, self._threads)
 
-    async def _members(self, rank: int) -> Sequence[Member]:
+    async def _members(self, ranks: Collection[int]) -> Mapping[int, Sequence[Member]]:
         try:
-            return await self._look(rank)
+            return await self._look(ranks)
         except RuntimeError:  # the run has just ended, and its threads with it
-            return ()
+            return {}
 
     def monitor(self, rank: int, policy: HealthPolicy) -> Monitor:
         """A monitor for the next worker of a rank.

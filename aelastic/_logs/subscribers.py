@@ -134,6 +134,10 @@ class Lines:
 
     async def aclose(self) -> None:
         """End the subscription; whoever waits for a line, and further reads, end at once. Idempotent."""
+        self.close_nowait()
+
+    def close_nowait(self) -> None:
+        """As `aclose`."""
         self._closed = True
         self._ready.clear()
         self._queued.clear()

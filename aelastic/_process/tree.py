@@ -95,6 +95,11 @@ class Tree:
         """As the last look saw it: what no list shows, because it flees while it is read, its cgroup still counts."""
         return not self._of(rank) and rank not in self._last.populated
 
+    async def by_rank(self, ranks: Collection[int]) -> dict[int, tuple[Member, ...]]:
+        """The live processes of each of these ranks, by one look."""
+        await self._look(LOOK_WITHIN)
+        return {rank: self._of(rank) for rank in ranks}
+
     def _of(self, rank: int) -> tuple[Member, ...]:
         leader = self._leaders.get(rank)
         return self._last.of(rank, ended=leader is None or leader.process.has_ended())

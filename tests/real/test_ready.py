@@ -113,6 +113,13 @@ async def test_a_line_tells_and_its_groups_are_kept() -> None:
         assert ctx.ready_captures == {0: {"port": "880"}, 1: {"port": "7"}}
 
 
+async def test_a_pattern_that_is_not_needed_any_more_holds_nobody_back() -> None:
+    """It reads without loss only until the rank is ready by other means."""
+    loud = speaker("ready()\nfor _ in range(40): os.write(1, b'x' * 49999 + b'\\n')\nprint('done', flush=True)")
+    async with launch(loud, health=ready(Notify() | LinePattern("never"))) as ctx:
+        await ctx.wait_for_line("^done$", timeout=NET)
+
+
 async def test_a_pattern_for_a_stream_that_nobody_reads_is_refused(tmp_path: Path) -> None:
     """Before anything is started, with the option to set."""
     marker = tmp_path / "ran"
