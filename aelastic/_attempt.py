@@ -26,8 +26,8 @@ _DESCRIPTORS = {Route.INHERIT: 0, Route.DISCARD: 1, Route.FILE: 1, Route.PIPE: 4
 """By route, what one stream of one rank has open: both ends of a pipe, the file and its index."""
 
 
-TRANSIENT_DESCRIPTORS = 20
-"""What one spawn has open while it is under way, a look at /proc beside it, the guard and the journal."""
+TRANSIENT_DESCRIPTORS = 24
+"""What one spawn has open while it is under way, a reserve for looks at /proc, the guard and the journal."""
 
 
 class StartAbandoned(Exception):

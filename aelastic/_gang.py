@@ -23,7 +23,7 @@ from ._failures import ProcessFailure
 from ._function import Function
 from ._health import Monitor
 from ._lifecycle import State, schedule
-from ._limits import shortage
+from ._limits import as_start_error, shortage
 from ._logs import Outputs
 from ._policies import Step
 from ._process import Command, Process, launch, resolve
@@ -88,11 +88,12 @@ class Gang:
         processes: dict[int, Process] = {}
         try:
             await self._start_all(processes)
-        except BaseException as error:
-            if isinstance(error, OSError):
-                self._unstarted = failure_of_start(self._starting, error)
+        except BaseException as error:  # noqa: BLE001  # raised again when all is taken down
+            why = as_start_error(error, self.spec.who(self._starting))
+            if isinstance(why, OSError):
+                self._unstarted = failure_of_start(self._starting, why)
             await self._take_down(processes)
-            raise
+            raise why from (None if why is error else error)
         self._contagion.all_started()
 
     async def _start_all(self, processes: dict[int, Process]) -> None:

@@ -106,5 +106,17 @@ def shortage(number: int) -> str:
             return ""
 
 
+def as_start_error(error: BaseException, who: str) -> BaseException:
+    """A shortage as a sentence that names who could not be started; what says so already, or is none, stays."""
+    number = error.errno or 0 if isinstance(error, OSError) else 0
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        number = errno.EAGAIN
+    if isinstance(error, MemoryError):
+        number = errno.ENOMEM
+    if not shortage(number) or "can't be started" in str(error) or "could not be started" in str(error):
+        return error
+    return OSError(number, f"{who} can't be started: {shortage(number)}")
+
+
 def _kernel_limit(name: str) -> str:
     return procfs.read(f"/proc/sys/{name}").decode().strip() or "an unknown number"

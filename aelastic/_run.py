@@ -25,6 +25,7 @@ from ._function import ForkServer
 from ._guard import watch
 from ._health import Ward
 from ._lifecycle import outcome
+from ._limits import as_start_error
 from ._logs import Console, InheritLogsSpecs, Journal, LineHub, Lines, LogsDest, LogsSpecs, Plans, Route, plan
 from ._policies import Step
 from ._process import Cgroups, Tree, choose_cgroups, signal_alone
@@ -157,7 +158,7 @@ class Run:
             self.finished.set_exception(error)
         else:
             self.finished.cancel()
-            self.started.set_exception(error)
+            self.started.set_exception(as_start_error(error, self.spec.name))
 
     def _end(self) -> None:
         """Hand out the last event, which the journal already holds, and end the readers."""

@@ -36,6 +36,14 @@ class Threads(ThreadPoolExecutor):
         future.add_done_callback(self._finished)
         return future
 
+    def _adjust_thread_count(self) -> None:
+        """Do with the threads that are there when the system gives no further one: their jobs must be done."""
+        try:
+            super()._adjust_thread_count()
+        except RuntimeError:
+            if not self._threads:
+                raise
+
     def _finished(self, _future: Future[T]) -> None:
         with self._lock:
             self._unfinished -= 1

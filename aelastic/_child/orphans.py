@@ -184,6 +184,7 @@ class Orphans:
         self._quiet = 0
         self._killing = False
         self._sighted = False
+        self._shortages = procfs.shortages.count
 
     @property
     def fds(self) -> list[int]:
@@ -220,7 +221,8 @@ class Orphans:
 
     def conclude(self, now: float) -> None:
         """End a round: see whether anything is left, or whether it is time to give up."""
-        busy = self._held or self._sighted or cgroupfs.is_populated(self.run.cgroup)
+        blind, self._shortages = procfs.shortages.count != self._shortages, procfs.shortages.count
+        busy = self._held or self._sighted or blind or cgroupfs.is_populated(self.run.cgroup)
         self._quiet = 0 if busy else self._quiet + 1
         if self._quiet >= QUIET:
             self._note("OrphansGone", processes=self._count)

@@ -8,6 +8,7 @@ Source: proc(5), pidfd_open(2).
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 
@@ -62,10 +63,7 @@ def pids() -> list[int]:
 
     Newest first, because who flees by forking and exiting always has the newest pid: read last, it would be gone.
     """
-    try:
-        found = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    except OSError:
-        return []
+    found = [int(name) for name in names("/proc") if name.isdigit()]
     last = last_pid()
     return sorted(found, key=lambda pid: (pid > last, -pid))
 
@@ -168,11 +166,35 @@ def now_ticks() -> int:
     return int(time.clock_gettime(BOOT_CLOCK) * TICKS_A_SECOND)
 
 
+class Shortages:
+    """How often no descriptor was left to read with: what was seen meanwhile may not be all there is."""
+
+    count = 0
+
+    def note(self, error: OSError) -> None:
+        """Count an error, if it means that."""
+        self.count += error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+shortages = Shortages()
+"""Those of this process."""
+
+
+def names(folder: str) -> list[str]:
+    """What is in a folder of /proc; empty when it is gone or forbidden."""
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        shortages.note(error)
+        return []
+
+
 def read(path: str) -> bytes:
     """A whole file of /proc, whose size is never known before; empty when it is gone or forbidden."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+    except OSError as error:
+        shortages.note(error)
         return b""
     try:
         content = b""

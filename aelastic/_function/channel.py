@@ -126,11 +126,15 @@ class ResultChannel:
         except BlockingIOError:
             return
         self._stop_listening()
-        if kind:
-            fd, self._fd = self._fd, -1
-            self._transfer = Transfer(fd, kind, self._who, self._loop, self._resolve)
-        else:
+        if not kind:
             self._resolve(NO_RESULT)
+            return
+        try:
+            self._transfer = Transfer(self._fd, kind, self._who, self._loop, self._resolve)
+        except (OSError, RuntimeError) as error:  # no descriptor or no thread is left
+            self._resolve(Torn(f"the result of {self._who} could not be received: {error}"))
+        else:
+            self._fd = -1
 
     def _resolve(self, returned: Returned) -> None:
         if not self.returned.done():
@@ -174,9 +178,13 @@ class Transfer:
     """Reads and unpickles one result in a thread of its own.
 
     Args:
-        fd: the pipe, not blocking; owned from here on.
+        fd: the pipe, not blocking; owned once the transfer was made.
         kind: its first byte.
         deliver: called in the loop, once.
+
+    Raises:
+        OSError: if no descriptor is left.
+        RuntimeError: if there can be no further thread.
     """
 
     def __init__(
@@ -191,7 +199,11 @@ class Transfer:
         self._received = len(kind)
         # A daemon, because it may be stuck in the user's __setstate__ when the host exits.
         self._thread = threading.Thread(target=self._work, args=(kind,), name=f"result of {who}", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._close_wake()
+            raise
 
     def end(self) -> None:
         """Read on only while there is something in the pipe."""

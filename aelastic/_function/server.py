@@ -24,6 +24,7 @@ from typing import final
 from aelastic._child import forkserver, mainmodule, procfs
 from aelastic._descriptors import close_socket, open_socketpair
 from aelastic._exit import ExitStatus
+from aelastic._limits import shortage
 from aelastic._policies import WorkerOptions
 from aelastic._process import Command, Confirmation, Process, launch
 
@@ -161,7 +162,8 @@ class ForkServer:
             await asyncio.wait({answer})
             child = answer.result()
         except OSError as error:
-            raise OSError(error.errno, f"{command.who} can't be started: {error.strerror}") from error
+            what = shortage(error.errno or 0) or error.strerror
+            raise OSError(error.errno, f"{command.who} can't be started: {what}") from error
         process = Process(child, started_ns, confirmation, command.cgroup)
         process.exited.add_done_callback(lambda _: child.ended(None))
         return process

@@ -10,6 +10,7 @@ everything that came from the processes of a run.
     census       whose each process of /proc is: evidence and its limits; runs in threads
     signals      to processes that were found in /proc, each checked before
     tree         Tree: one census for all who ask, the steps of a stop, survivors
+    reserve      descriptors kept for finding and ending processes
     platform     the only file that knows which system this is
 """
 

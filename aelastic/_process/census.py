@@ -89,6 +89,10 @@ class Sight:
         return tuple(member for members in self.by_rank.values() for member in members)
 
 
+class Blind(Exception):
+    """What a look saw is not all there is."""
+
+
 @final
 class Census:
     """What is known of a run's processes from look to look.
@@ -108,8 +112,12 @@ class Census:
         """By id of a nested run: the rank it runs in."""
 
     def look(self, leaders: Sequence[Leader]) -> Sight:
-        """Read /proc and say whose each process is."""
-        before = procfs.now_ticks()
+        """Read /proc and say whose each process is.
+
+        Raises:
+            Blind: if it could not be read for lack of descriptors.
+        """
+        shortages, before = procfs.shortages.count, procfs.now_ticks()
         everybody, origins, inside = read_everybody(self.run_id, self.since, self._cgroups)
         if any(_runs(leader) and not self._is_new(leader.process.pid, everybody) for leader in leaders):
             self.since = 0  # this system's /proc has another clock
@@ -120,7 +128,10 @@ class Census:
                 leader.held_ticks = before
         self._known = _Look(self.run_id, seen, origins, self._known | inside, self._nested).attribute(leaders)
         populated = {leader.rank for leader in leaders if _is_populated(leader.process.cgroup)}
-        return self._sight(everybody, populated)
+        sight = self._sight(everybody, populated)
+        if procfs.shortages.count != shortages:
+            raise Blind("no descriptor was left to read /proc with")
+        return sight
 
     def _is_new(self, pid: int, everybody: Iterable[Member]) -> bool:
         return any(member.pid == pid and member.started >= self.since for member in everybody)
@@ -286,10 +297,7 @@ def _is_alive(member: Member) -> bool:
     """False for a zombie; a process whose first thread has ended alone looks like one and isn't."""
     if member.alive:
         return True
-    try:
-        return len(os.listdir(f"/proc/{member.pid}/task")) > 1
-    except OSError:
-        return False
+    return len(procfs.names(f"/proc/{member.pid}/task")) > 1
 
 
 def survivors(rank: int, members: Iterable[Member]) -> tuple[Survivor, ...]:

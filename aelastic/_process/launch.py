@@ -18,6 +18,8 @@ from .collection import Collection, start_collected
 from .handle import Process
 from .trampoline import Confirmation, argv_of, needed_for
 
+ABANDON_SECONDS = 0.2
+"""How long asyncio is given to collect a child whose start has failed."""
 TURNS = 3
 """Turns of the loop in which asyncio tells of a child whose start it then gives up."""
 
@@ -161,7 +163,7 @@ async def _abandon(collection: Collection, error: BaseException) -> None:
         return
     process = Process(collection, 0, None)
     process.signal_group(signal.SIGKILL)
-    await process.reaped(within=1.0)
+    await process.reaped(within=ABANDON_SECONDS)
     process.close()
     if not collection.done.done():
         _collect(collection, error)

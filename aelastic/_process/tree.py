@@ -18,9 +18,10 @@ from .._child import cgroupfs, procfs
 from .._child.procfs import Member
 from .._results import Survivor
 from . import census, platform
-from .census import Census, Identity, Leader, Sight
+from .census import Blind, Census, Identity, Leader, Sight
 from .cgroups import Cgroups
 from .handle import Process
+from .reserve import Reserve
 from .signals import Groups, signal_members
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 2.0
@@ -53,9 +54,10 @@ class Tree:
         self._census = Census(run_id, cgroups)
         self._leaders: dict[int, Leader] = {}
         self._retired: list[Process] = []
+        self._reserve = Reserve()
         self._last = Sight()
         self._looking = False
-        self._next_look: asyncio.Future[Sight] | None = None
+        self._next_look: asyncio.Future[Sight | None] | None = None
 
     def add(self, rank: int, process: Process) -> None:
         """Count the tree of a started process in; a rank's earlier process is closed, what it left stays known."""
@@ -70,6 +72,7 @@ class Tree:
         self._retired += [leader.process for leader in self._leaders.values()]
         self._leaders.clear()
         self._close_retired()
+        self._reserve.close()
 
     def _close_retired(self) -> None:
         if self._looking:
@@ -105,7 +108,7 @@ class Tree:
         return self._last.of(rank, ended=leader is None or leader.process.has_ended())
 
     async def _look(self, within: float) -> bool:
-        """Read /proc after now; False when time runs out, and then `_last` is what was known before."""
+        """Read /proc after now; False when that can't be done in time, and then `_last` is what was known before."""
         if self._next_look is None:
             self._next_look = self._loop.create_future()
             if not self._looking:
@@ -119,7 +122,7 @@ class Tree:
         if look is None:
             return
         try:
-            reading = self._loop.run_in_executor(self._executor, self._census.look, tuple(self._leaders.values()))
+            reading = self._loop.run_in_executor(self._executor, self._sight, tuple(self._leaders.values()))
         except RuntimeError as error:  # the run's threads have been closed
             look.set_exception(error)
             look.exception()
@@ -127,13 +130,19 @@ class Tree:
         self._looking = True
         reading.add_done_callback(lambda done: self._end_look(done, look))
 
-    def _end_look(self, reading: asyncio.Future[Sight], look: asyncio.Future[Sight]) -> None:
+    def _sight(self, leaders: tuple[Leader, ...]) -> Sight:
+        with self._reserve.spent():
+            return self._census.look(leaders)
+
+    def _end_look(self, reading: asyncio.Future[Sight], look: asyncio.Future[Sight | None]) -> None:
         self._looking = False
         self._close_retired()
         if reading.cancelled():
             look.set_exception(RuntimeError("the look at /proc was given up: the run's threads have been closed"))
             look.exception()  # whoever asked may have stopped waiting
-        elif (error := reading.exception()) is not None:
+        elif isinstance(error := reading.exception(), Blind):
+            look.set_result(None)
+        elif error is not None:
             look.set_exception(error)
             look.exception()
         else:
@@ -220,12 +229,16 @@ class Tree:
 
     async def _hit(self, members: tuple[Member, ...], sig: int, on_hit: OnHit, *, stubborn: bool) -> None:
         groups = Groups.NONE if sig != signal.SIGKILL else Groups.ALL if stubborn else Groups.LED
-        job = self._loop.run_in_executor(
-            self._executor, signal_members, members, sig, groups, self._last.groups, self._census.run_id
-        )
+        job = self._loop.run_in_executor(self._executor, self._signal, members, sig, groups, self._last.groups)
         await asyncio.wait({job}, timeout=LOOK_WITHIN)
         if job.done() and not job.cancelled() and job.result():
             on_hit(job.result(), sig)
+
+    def _signal(
+        self, members: tuple[Member, ...], sig: int, groups: Groups, only_ours: frozenset[int]
+    ) -> tuple[int, ...]:
+        with self._reserve.spent():
+            return signal_members(members, sig, groups, only_ours, self._census.run_id)
 
     async def _ends(self, members: Iterable[Member], until: float, hurry: asyncio.Future[None]) -> None:
         """Wait until these have ended, time is over, or something hurries."""
@@ -254,6 +267,9 @@ class Tree:
         """What is still alive of a rank, with the kernel's state and wait channel."""
         looked = await self._look(LOOK_WITHIN)
         members = self._of(rank)
+        if not looked and not members:
+            pid = self._leaders[rank].process.pid if rank in self._leaders else 0
+            return (Survivor(rank, pid, "[unknown]", "unknown", "/proc could not be read to find out who is left"),)
         job = self._loop.run_in_executor(self._executor, census.survivors, rank, members)
         await asyncio.wait({job}, timeout=LOOK_WITHIN if looked else 0.5)
         if job.done():

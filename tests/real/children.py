@@ -7,6 +7,7 @@ import contextlib
 import os
 import secrets
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from aelastic._process import Command, Process, Tree, launch
 RUN_ID = secrets.token_hex(8)
 NET = 20.0
 """Seconds after which a test that waits for a fact gives up; nothing takes that long."""
+FREEZER = Path("/sys/fs/cgroup/freezer")
 LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
 
 
@@ -170,6 +172,25 @@ def process_of_pid(pid: int) -> Iterator[int]:
     finally:
         os.kill(got, 9)
         os.waitpid(got, 0)
+
+
+@contextlib.contextmanager
+def frozen(pid: int) -> Iterator[None]:
+    """A process that no signal reaches."""
+    folder = FREEZER / f"aelastic-test-{pid}"
+    try:
+        folder.mkdir()
+        (folder / "cgroup.procs").write_text(str(pid))
+        (folder / "freezer.state").write_text("FROZEN")
+    except OSError as error:
+        pytest.skip(f"no freezer to make a process unkillable with: {error}")
+    try:
+        yield
+    finally:
+        (folder / "freezer.state").write_text("THAWED")
+        while (folder / "cgroup.procs").read_text():
+            time.sleep(0.005)
+        folder.rmdir()
 
 
 def _say(fd: int) -> bool:

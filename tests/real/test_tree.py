@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,6 @@ from aelastic._process.signals import Groups, signal_members
 from tests.real import children
 from tests.real.children import NET, RUN_ID, Child, child, python
 
-FREEZER = Path("/sys/fs/cgroup/freezer")
 SLEEP = "time.sleep(60)"
 IGNORE = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 CLEAN = "os.execve(sys.executable, [sys.executable, '-I', '-S', '-c', 'import time; time.sleep(60)'], {})"
@@ -291,28 +290,10 @@ def _wait_until_free(pid: int) -> None:
         time.sleep(0.01)
 
 
-@contextlib.contextmanager
-def frozen(pid: int) -> Iterator[None]:
-    """A process that no signal reaches."""
-    folder = FREEZER / f"aelastic-test-{pid}"
-    try:
-        folder.mkdir()
-        (folder / "cgroup.procs").write_text(str(pid))
-        (folder / "freezer.state").write_text("FROZEN")
-    except OSError as error:
-        pytest.skip(f"no freezer to make a process unkillable with: {error}")
-    try:
-        yield
-    finally:
-        (folder / "freezer.state").write_text("THAWED")
-        while (folder / "cgroup.procs").read_text():
-            time.sleep(0.005)
-        folder.rmdir()
-
-
-async def test_an_unkillable_process_is_reported_in_time_with_its_state() -> None:
+async def test_an_unkillable_process_is_reported_in_time_with_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aelastic._process.tree.KILL_GRACE", 0.2)
     async with swept() as tree, worker(tree, ZOO["one that obeys"]) as started:
-        with frozen(started.process.pid):
+        with children.frozen(started.process.pid):
             began = time.monotonic()
             gone, _ = await press(tree, signal.SIGKILL, 0.3)
             assert not gone

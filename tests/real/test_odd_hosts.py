@@ -1,0 +1,117 @@
+"""Hosts that do odd things with children, signals and threads: no exit is lost and no status invented."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+
+from aelastic import RunProcsResult, start_processes
+from tests.conftest import LOOPS
+from tests.real.jobs import evaluate
+from tests.real.runs import QUICK
+from tests.real.zookeeper import METHODS, Method
+
+CODES = (0, 3)
+"""What the ranks exit with; the last one runs until it is stopped as a victim."""
+
+
+async def ended(method: Method) -> RunProcsResult:
+    """How two ranks end that exit, and one that waits to be stopped."""
+    command = method == "command"
+    sources = [*(f"exit {code}" if command else f"import os; os._exit({code})" for code in CODES)]
+    sources.append("exec sleep 600" if command else "import time; time.sleep(600)")
+    ctx = await start_processes(
+        "odd",
+        "sh" if command else evaluate,
+        {rank: ("-c", source) if command else (source,) for rank, source in enumerate(sources)},
+        start_method="spawn" if method == "command" else method,
+        stop=QUICK,
+    )
+    async with asyncio.timeout(30):
+        return await ctx.wait()
+
+
+def check(result: RunProcsResult) -> None:
+    """Each rank has one status: the kernel's, or none that anybody knows."""
+    assert set(result.exits) == {0, 1, 2}
+    assert result.survivors == ()
+    for rank, code in enumerate(CODES):
+        status = result.exits[rank]
+        assert (status.code, status.signal) in [(code, None), (None, signal.SIGTERM), (None, None)]
+    assert (result.exits[2].code, result.exits[2].signal) in [(None, signal.SIGTERM), (None, None)]
+    assert result.is_failed()
+
+
+@contextmanager
+def reaper() -> Iterator[None]:
+    """A thread of the host that collects every child there is."""
+    over = threading.Event()
+
+    def reap() -> None:
+        while not over.wait(0.001):
+            with suppress(ChildProcessError):
+                os.waitpid(-1, os.WNOHANG)
+
+    thread = threading.Thread(target=reap)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+# Not on uvloop: its loop.close() can hang after that, with a bare create_subprocess_exec too.
+@pytest.mark.asyncio(loop_factories=["asyncio"])
+@pytest.mark.parametrize("method", METHODS)
+async def test_a_host_that_collects_every_child_is_told_of_every_exit(method: Method) -> None:
+    """Somebody else's `waitpid(-1)` in a thread."""
+    with reaper():
+        check(await ended(method))
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_a_host_that_ignores_sigchld_is_told_of_every_exit(method: Method) -> None:
+    """The kernel collects its children then."""
+    if method != "command" and not isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop):
+        pytest.skip("once is enough for a loop that has its own handler")
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        check(await ended(method))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_runs_work_in_a_loop_of_another_thread(loop: str) -> None:
+    """By every start method, beside a run of the main thread's."""
+    results: list[RunProcsResult] = []
+
+    async def there() -> None:
+        results.extend([await ended(method) for method in METHODS])
+
+    def in_thread() -> None:
+        with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+            runner.run(there())
+
+    async def here() -> Any:
+        thread = threading.Thread(target=in_thread)
+        thread.start()
+        result = await ended("command")
+        while thread.is_alive():
+            await asyncio.sleep(0.01)
+        thread.join()
+        return result
+
+    with asyncio.Runner(loop_factory=LOOPS["asyncio"]) as runner:
+        check(runner.run(here()))
+    assert len(results) == len(METHODS)
+    for result in results:
+        check(result)
