@@ -298,7 +298,8 @@ class HealthPolicy:
     """Seconds between two questions to a port, a server or a callable. Default 0.1."""
     start_order: Literal["parallel", "sequential"] = "parallel"
     """`"parallel"` (default) starts all ranks at once; `"sequential"` each when the one before is ready, or has ended
-    well. The start then lasts until the last one is started."""
+    well. The start then lasts until the last one is started; it is over when a rank fails, unless
+    `StopPolicy.on_failure="continue"` goes on with the next."""
     usage_every: float | None = None
     """Seconds between two `UsageSampled` events. None (default): none."""
 

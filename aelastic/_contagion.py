@@ -42,6 +42,11 @@ class Contagion:
         else:
             self._stop(why)
 
+    @property
+    def breaks_out(self) -> bool:
+        """Whether a failure spreads as soon as all have been started."""
+        return self._early is not None and not self._over
+
     def all_started(self) -> None:
         """Let failures spread from now on, and the first that there was already."""
         self._all_started = True

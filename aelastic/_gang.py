@@ -53,7 +53,7 @@ class Gang:
         self._function: Function | None = None
         self._monitors: dict[int, Monitor] = {}
         self._disturbed: asyncio.Future[None] = self._loop.create_future()
-        """Done when a start that waits for readiness waits in vain: a rank failed, or a stop came."""
+        """Done when a start that waits for readiness waits in vain: a failure spreads, or a stop came."""
         self._stopped: Cause | None = None
         self._steps: tuple[Step, ...] = spec.stop.steps
         self._contagion = Contagion(
@@ -118,11 +118,11 @@ class Gang:
         return worker
 
     async def _may_follow(self, rank: int, process: Process) -> bool:
-        """Wait until this rank is ready, or has ended well, if another one waits for it; False if none may follow."""
+        """Wait until this rank is ready, or has ended, if another one waits for it; False if none may follow."""
         worker = await self._confirm(rank, process)
         if rank != self._ranks[-1]:
             await first_of(worker.ready, worker.ended, self._disturbed)
-        return not self._disturbed.done()
+        return not self._contagion.breaks_out and self._stopped is None
 
     @property
     def _opened(self) -> Outputs:
@@ -306,8 +306,9 @@ class Gang:
     def _judged(self, worker: Worker, *, failed: bool) -> None:
         """Decide what an exit means for the others."""
         if failed:
-            self._disturb()
             self._contagion.failed(f"rank {worker.rank} (pid {worker.pid}) failed")
+            if self._contagion.breaks_out:
+                self._disturb()
 
     def _disturb(self) -> None:
         if not self._disturbed.done():

@@ -38,8 +38,8 @@ class Survivor:
 class ExitUsage:
     """What a worker used in its life. Each figure is None where nothing honest told it.
 
-    Source: the cgroup, or /proc/pid/stat and status read between exit and reap; never `ru_maxrss`,
-    which a vforked child inherits from its parent (getrusage(2)).
+    Source: the cgroup, or /proc/pid/stat read between exit and reap, or the last sample of its usage; never
+    `ru_maxrss`, which a vforked child inherits from its parent (getrusage(2)).
     """
 
     cpu_seconds: float | None = None

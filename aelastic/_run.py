@@ -324,9 +324,9 @@ class Run:
         """Wait until a rank that restarts by itself is ready, or has ended well; False if it failed for good."""
         if succession is self._successions[-1]:
             return True
-        while not (succession.ready or life.done() or self._stop is not None):
+        while not (succession.ready or life.done() or self._stop is not None or self._contagion.breaks_out):
             await self.news(life)
-        return not (life.done() and succession.failed)
+        return not self._contagion.breaks_out
 
     async def news(self, *ends: asyncio.Future[Any]) -> None:
         """Wait until anything happens to the run, or one of these is done."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -46,6 +47,8 @@ async def ask_server(condition: HttpGet, threads: Executor) -> str:
 
 def why(error: Exception) -> str:
     """The error in words."""
+    if isinstance(error, ConnectionError) and error.errno:
+        return os.strerror(error.errno)  # asyncio has put the address in its place
     return str(getattr(error, "strerror", None) or error) or type(error).__name__
 
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,29 @@ async def test_an_ordered_start_ends_where_a_rank_fails() -> None:
         with pytest.raises(WorkerNotReady, match="rank 2 was not started"):
             await ctx.wait_ready()
     assert (result.outcome, set(result.exits), set(result.failures)) == ("failed", {0, 1}, {1})
+
+
+@pytest.mark.parametrize("scope", ["gang", "rank"])
+async def test_an_ordered_start_goes_on_where_failures_do_not_spread(scope: Any) -> None:
+    """With `on_failure="continue"`; who comes after the failed one is waited for as before."""
+    options: dict[str, Any] = {"stop": replace(QUICK, on_failure="continue"), "restart": RestartPolicy(scope=scope)}
+    health = ready(Notify(), start_order="sequential")
+    fails, rests = speaker("sys.exit(3)"), speaker(READY_THEN_RESTS)
+    async with launch(fails, rests, rests, health=health, **options) as ctx:
+        assert set(ctx.pids()) == {1, 2}
+    told = [(type(e).__name__, e.rank) for e in await all_events(ctx) if isinstance(e, (WorkerStarted, WorkerReady))]
+    assert told[:4] == [("WorkerStarted", 0), ("WorkerStarted", 1), ("WorkerReady", 1), ("WorkerStarted", 2)]
+
+
+async def test_an_ordered_start_ends_when_a_rank_that_was_ready_fails() -> None:
+    """Nobody waits for what depends on it."""
+    short = speaker("ready()\ntime.sleep(0.2)\nsys.exit(3)")
+    health = ready(Notify(), start_order="sequential")
+    for scope in ("gang", "rank"):
+        again = RestartPolicy(scope=scope)
+        async with launch(short, (*PYTHON, FOREVER), (*PYTHON, FOREVER), health=health, restart=again) as ctx:
+            result = await ctx.wait()
+        assert (result.outcome, set(result.failures), set(result.victims)) == ("failed", {0}, {1})
 
 
 async def test_an_ordered_start_can_be_cancelled() -> None:
