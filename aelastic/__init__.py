@@ -10,7 +10,7 @@ General layout. A file imports only from floors below its own:
     floor 2   _process/ _logs/ _function/ _health/ _bus _guard _evidence _tasks _threads _limits _contagion
               _descriptors                        machines that touch the OS
     floor 1   _spec _lifecycle _restart _logs/ (plan, lines)                         rules: no await, no clock
-    floor 0   _std _exit _policies _conditions _failures _results _events                   words: values
+    floor 0   _std _exit _options _policies _conditions _failures _results _events                   words: values
     cellar    _child/                             what runs inside other processes; standard library only
 
 A byte goes `_worker` -> `_logs/pump` -> the file first, then `_logs/lines` -> console, filters, subscribers.
@@ -20,8 +20,9 @@ An exit goes `_process` -> `_worker` (status, failure) -> `_gang` (outcome) -> `
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING
+# Neither typing nor importlib at the door: they are two thirds of what `import aelastic` cost. Type checkers know
+# the name.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from ._bus import Events as Events
@@ -68,11 +69,11 @@ if TYPE_CHECKING:
     from ._logs import Lines as Lines
     from ._logs import LogsDest as LogsDest
     from ._logs import LogsSpecs as LogsSpecs
+    from ._options import WorkerOptions as WorkerOptions
     from ._policies import Backoff as Backoff
     from ._policies import RestartPolicy as RestartPolicy
     from ._policies import Rotate as Rotate
     from ._policies import StopPolicy as StopPolicy
-    from ._policies import WorkerOptions as WorkerOptions
     from ._results import ExitUsage as ExitUsage
     from ._results import LineMatch as LineMatch
     from ._results import LogLine as LogLine
@@ -99,7 +100,8 @@ _HOMES = {
         "ChildFailedError LineNotSeen ProcessFailure RankMappingError SignalException StreamNotCaptured WorkerNotReady"
     ),
     "_logs": "DefaultLogsSpecs LineOrigin Lines LogsDest LogsSpecs",
-    "_policies": "Backoff RestartPolicy Rotate StopPolicy WorkerOptions",
+    "_options": "WorkerOptions",
+    "_policies": "Backoff RestartPolicy Rotate StopPolicy",
     "_results": "ExitUsage LineMatch LogLine RunProcsResult Survivor Usage",
     "_signals": "forward_signals",
     "_start": "start_processes",
@@ -114,6 +116,8 @@ def __getattr__(name: str) -> object:
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module  # noqa: PLC0415  # see the top
+
     value: object = getattr(import_module(f"{__name__}.{home}"), name)
     globals()[name] = value
     return value

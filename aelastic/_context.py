@@ -13,7 +13,7 @@ from typing import Any, Self, final, overload
 
 from ._bus import Events
 from ._logs import Lines
-from ._policies import check_signal
+from ._policies import check_signal, check_timeout
 from ._readiness import wait_ready
 from ._results import LineMatch, RunProcsResult, Usage
 from ._run import Run
@@ -98,10 +98,9 @@ class PContext:
         Cancellation: stops only the waiting.
         """
         finished = self._run.finished
-        if timeout is None or timeout < 0:
-            await asyncio.wait({finished})
-        elif timeout > 0:
-            await asyncio.wait({finished}, timeout=timeout)
+        seconds = check_timeout(f"{self.name}: timeout", timeout)
+        if seconds != 0:
+            await asyncio.wait({finished}, timeout=seconds)
         return finished.result() if finished.done() else None
 
     def events(self, *, replay: bool = True) -> Events:
@@ -139,7 +138,7 @@ class PContext:
             StreamNotCaptured: if none of the chosen streams is piped, or `OUT` or `ERR` was asked for and is not.
         """
         return self._run.hub.lines(
-            ranks=self._ranks("lines", ranks), std=std, lossless=lossless, partials=partials, replay=replay
+            ranks=self._ranks("lines(ranks=)", ranks), std=std, lossless=lossless, partials=partials, replay=replay
         )
 
     async def wait_for_line(
@@ -162,7 +161,7 @@ class PContext:
             LineNotSeen: if the streams end first, with the tail.
             StreamNotCaptured: as `lines`.
         """
-        ranks = self._ranks("wait_for_line", None if rank is None else [rank])
+        ranks = self._ranks("wait_for_line(rank=)", None if rank is None else [rank])
         return await self._run.hub.wait_for_line(pattern, ranks=ranks, std=std, timeout=timeout)
 
     async def wait_ready(self, timeout: float | None = None) -> None:
@@ -193,7 +192,7 @@ class PContext:
         Raises:
             RankMappingError: if a rank is none of this run.
         """
-        chosen = self.pids() if ranks is None else self._ranks("dump_stacks", ranks)
+        chosen = self.pids() if ranks is None else self._ranks("dump_stacks(ranks=)", ranks)
         return {} if self._run.ward is None else await self._run.ward.dump_stacks(tuple(chosen))
 
     async def usage(self) -> dict[int, Usage]:
@@ -214,7 +213,7 @@ class PContext:
             WorkerSignaled: for each group that was reached.
         """
         number = check_signal("send_signal: sig", sig)
-        self._run.send_signal(number, self._ranks("send_signal", ranks))
+        self._run.send_signal(number, self._ranks("send_signal(ranks=)", ranks))
 
     async def close(self, death_sig: int | None = None, timeout: float | None = None) -> None:
         """Stop the run and wait until nothing of it is left.

@@ -34,6 +34,7 @@ Reason = Literal[
 
 WIDTH = 100
 """Columns of a failure report."""
+TRACEBACK = "Traceback (most recent call last):\n"
 TAIL_SHOWN = 12
 """Lines of a worker's tail that a report shows; the failure holds more."""
 
@@ -180,13 +181,14 @@ class ChildFailedError(Exception):
             others = [failure for rank, failure in sorted(self.failures.items()) if rank != first]
             if others:
                 yield "Failed after it:"
-                yield from (f"  {other.describe()}" for other in others)
+                yield from _wrapped(other.describe() for other in others)
         else:
             yield f"{self.name} failed: processes of it are still alive"
         if self.victims:
-            yield f"Stopped because of it: rank {', '.join(map(str, self.victims))}"
+            yield from _wrapped([f"Stopped because of it: {name_ranks(self.victims)}"], indent="")
         for survivor in self.survivors:
-            yield f"Still alive: pid {survivor.pid} of rank {survivor.rank} ({survivor.command}): {survivor.why}"
+            who = f"pid {survivor.pid} of rank {survivor.rank} ({survivor.command})"
+            yield from _wrapped([f"Still alive: {who}: {survivor.why}"], indent="")
         if self.gave_up:
             yield from _wrapped([f"Not restarted: {self.gave_up}"], indent="")
 
@@ -201,14 +203,43 @@ def _rebuild_child_failed(
     return ChildFailedError(name, failures, survivors=survivors, victims=victims, gave_up=gave_up)
 
 
+def name_ranks(ranks: Iterable[int]) -> str:
+    """Name ranks in words, neighbours as a range.
+
+    Example:
+        >>> name_ranks([2]), name_ranks([4, 0, 1, 2, 7, 8])
+        ('rank 2', 'ranks 0-2, 4, 7, 8')
+    """
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    words = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    one = len(runs) == 1 and len(runs[0]) == 1
+    return f"rank{'' if one else 's'} {', '.join(words)}"
+
+
 def _evidence(failure: ProcessFailure) -> Iterable[str]:
-    if failure.message:
-        yield from _wrapped(failure.message.splitlines())
+    yield from _wrapped(_news(failure).splitlines())
     if failure.tail and failure.tail[-1] not in failure.message:
         yield "  last output:"
         yield from _wrapped(failure.tail[-TAIL_SHOWN:], indent="    ")
     if failure.error_file and Path(failure.error_file).is_file():
         yield f"  error file: {failure.error_file}"
+
+
+def _news(failure: ProcessFailure) -> str:
+    """What the message says beyond the headline, each thing once."""
+    head, newline, rest = failure.message.partition("\n")
+    if head == failure.status.describe():
+        return rest
+    error, traceback, calls = failure.message.partition("\n" + TRACEBACK)
+    if traceback and calls.endswith("\n" + error):  # as Python's own last line
+        calls = calls.removesuffix("\n" + error)
+        return error + traceback + calls
+    return head + newline + rest
 
 
 def _wrapped(lines: Iterable[str], indent: str = "  ") -> Iterable[str]:
@@ -231,24 +262,35 @@ class SignalException(Exception):
 
 
 class RankMappingError(ValueError, RuntimeError):
-    """A mapping by rank has other keys than the ranks of the run."""
+    """A mapping by rank, or a choice of ranks, names others than the run has.
 
-    def __init__(self, what: str, *, missing: Collection[int], extra: Collection[Any], nprocs: int) -> None:
-        parts = [f"has no entry for rank {', '.join(map(str, sorted(missing)))}"] if missing else []
+    Args:
+        what: the run, and what was given.
+        every: whether all ranks have to be there.
+    """
+
+    def __init__(
+        self, what: str, *, missing: Collection[int], extra: Collection[Any], nprocs: int, every: bool = True
+    ) -> None:
+        parts = [f"has no entry for {name_ranks(missing)}"] if missing else []
         if extra:
             parts.append(f"has entries for {', '.join(map(repr, extra))}, which are no ranks")
-        super().__init__(f"{what} {' and '.join(parts)}: its keys must be exactly the ranks 0 to {nprocs - 1}")
+        there = "rank 0" if nprocs == 1 else f"the ranks 0 to {nprocs - 1}"
+        wanted = f"its keys must be exactly {there}" if every else f"the run has {there}"
+        super().__init__(f"{what} {' and '.join(parts)}: {wanted}")
         self.what = what
         self.missing = tuple(sorted(missing))
         self.extra = tuple(extra)
         self.nprocs = nprocs
+        self.every = every
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild_rank_mapping, (self.what, self.missing, self.extra, self.nprocs))
+        choices = {"missing": self.missing, "extra": self.extra, "nprocs": self.nprocs, "every": self.every}
+        return (_rebuild_rank_mapping, (self.what, choices))
 
 
-def _rebuild_rank_mapping(what: str, missing: tuple[int, ...], extra: tuple[Any, ...], nprocs: int) -> RankMappingError:
-    return RankMappingError(what, missing=missing, extra=extra, nprocs=nprocs)
+def _rebuild_rank_mapping(what: str, choices: dict[str, Any]) -> RankMappingError:
+    return RankMappingError(what, **choices)
 
 
 class StreamNotCaptured(LookupError):

@@ -126,6 +126,8 @@ class RunProcsResult:
     """Bytes of output that could not be written to files."""
     pieces: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """By log file: the pieces that rotation left, oldest first, the current one last."""
+    name: str = "run"
+    """The run's."""
 
     def is_failed(self) -> bool:
         """Whether the outcome is `"failed"`."""
@@ -136,8 +138,11 @@ class RunProcsResult:
         """The failure that the supervisor observed first; None when there is none."""
         return min(self.failures.values(), key=lambda failure: failure.monotonic_ns, default=None)
 
-    def raise_for_failures(self, name: str = "run") -> None:
+    def raise_for_failures(self, name: str | None = None) -> None:
         """Raise what went wrong; return when nothing did, or when the run was stopped by its caller.
+
+        Args:
+            name: what the report calls the run; None takes its own name.
 
         Raises:
             ChildFailedError: if the outcome is `"failed"`; its cause is the root cause's own exception, if it has one.
@@ -145,5 +150,5 @@ class RunProcsResult:
         if self.is_failed():
             cause = self.root_cause.exception if self.root_cause else None
             raise ChildFailedError(
-                name, self.failures, survivors=self.survivors, victims=self.victims, gave_up=self.gave_up
+                name or self.name, self.failures, survivors=self.survivors, victims=self.victims, gave_up=self.gave_up
             ) from cause

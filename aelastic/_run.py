@@ -378,6 +378,7 @@ class Run:
             gave_up="; ".join(filter(None, (one.gave_up for one in each))),
             lost_bytes=sum(one.lost_bytes for one in each),
             pieces=union(one.pieces for one in each),
+            name=self.spec.name,
         )
 
 

@@ -13,13 +13,15 @@ from typing import Any, Literal, TypeVar, final, get_args
 
 from ._conditions import HealthPolicy
 from ._failures import RankMappingError
-from ._policies import RestartPolicy, StopPolicy, WorkerOptions
+from ._options import WorkerOptions
+from ._policies import RestartPolicy, StopPolicy
 from ._std import Std
 
 StartMethod = Literal["spawn", "fork", "forkserver"]
 Entrypoint = str | Callable[..., Any]
 Argument = str | bytes
 T = TypeVar("T")
+Text = TypeVar("Text", str, bytes)
 
 NEVER_INHERITED = frozenset({"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"})
 """They speak of the host itself: a worker that used them would answer in the host's name (sd_notify(3))."""
@@ -84,6 +86,8 @@ class RunSpec:
         """
         if chosen is None:
             return tuple(range(self.nprocs))
+        if isinstance(chosen, (str, bytes)) or not isinstance(chosen, Collection):
+            raise TypeError(f"{self.name}: {what} must be a collection of ranks such as [0, 1], not {chosen!r}")
         _check_ranks(f"{self.name}: {what}", chosen, self.nprocs, every=False)
         return tuple(sorted(set(chosen)))
 
@@ -112,6 +116,7 @@ def check(
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a string, not {name!r}")
+    _one_line("name", name)
     if not isinstance(entrypoint, str) and not callable(entrypoint):
         raise TypeError(f"{name}: entrypoint must be a command (a string) or a callable, not {entrypoint!r}")
     if entrypoint == "":
@@ -123,7 +128,7 @@ def check(
     _check_cpu_ranks(name, checked_options, nprocs)
     return RunSpec(
         name=name,
-        entrypoint=_no_nul(f"{name}: entrypoint", entrypoint) if isinstance(entrypoint, str) else entrypoint,
+        entrypoint=_passable(f"{name}: entrypoint", entrypoint) if isinstance(entrypoint, str) else entrypoint,
         args={rank: _arguments(name, rank, args[rank], entrypoint) for rank in range(nprocs)},
         envs=_environments(name, envs, nprocs),
         prefixes=_prefixes(name, log_line_prefixes, nprocs),
@@ -154,7 +159,7 @@ def _check_ranks(what: str, keys: Collection[Any], nprocs: int, *, every: bool =
     extra = [key for key in keys if not _is_rank(key) or key not in ranks]
     missing = [rank for rank in ranks if rank not in keys] if every else []
     if extra or missing:
-        raise RankMappingError(what, missing=missing, extra=extra, nprocs=nprocs)
+        raise RankMappingError(what, missing=missing, extra=extra, nprocs=nprocs, every=every)
 
 
 def _is_rank(key: object) -> bool:
@@ -197,17 +202,24 @@ def _arguments(name: str, rank: int, given: object, entrypoint: Entrypoint) -> t
 def _argument(what: str, value: object) -> Argument:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    return _no_nul_bytes(what, value) if isinstance(value, bytes) else _no_nul(what, str(value))
+    return _passable(what, value) if isinstance(value, bytes) else _passable(what, str(value))
 
 
-def _no_nul(what: str, value: str) -> str:
-    if "\0" in value:
+def _passable(what: str, value: Text) -> Text:
+    """Return what a program can be given, or say why it can't."""
+    try:
+        encoded = os.fsencode(value)
+    except UnicodeEncodeError as error:
+        bad = error.object[error.start : error.end]
+        raise ValueError(f"{what} holds {bad!r}, which {error.encoding} can't write: {value!r}") from None
+    if b"\0" in encoded:
         raise ValueError(f"{what} holds a NUL byte, which no program can be given: {value!r}")
     return value
 
 
-def _no_nul_bytes(what: str, value: bytes) -> bytes:
-    _no_nul(what, value.decode("latin-1"))
+def _one_line(what: str, value: str) -> str:
+    if not {"\n", "\r", "\0"}.isdisjoint(value):
+        raise ValueError(f"{what} stands in one line of a log, and must hold no newline or NUL byte: {value!r}")
     return value
 
 
@@ -226,8 +238,8 @@ def _environment(what: str, env: object) -> Mapping[str, str]:
     for key, value in env.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise TypeError(f"{what}[{key!r}] must be a string under a string, not {value!r}")
-        _no_nul(f"{what}[{key!r}]", value)
-        if not key or "=" in _no_nul(f"{what}: a name", key):
+        _passable(f"{what}[{key!r}]", value)
+        if not key or "=" in _passable(f"{what}: a name", key):
             raise ValueError(f"{what}: {key!r} can't be the name of a variable")
     return MappingProxyType(dict(env))
 
@@ -241,6 +253,7 @@ def _prefixes(name: str, prefixes: object, nprocs: int) -> Mapping[int, str]:
     for rank, prefix in prefixes.items():
         if not isinstance(prefix, str):
             raise TypeError(f"{name}: log_line_prefixes[{rank}] must be a string, not {prefix!r}")
+        _one_line(f"{name}: log_line_prefixes[{rank}]", prefix)
     return dict(prefixes)
 
 

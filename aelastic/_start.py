@@ -10,7 +10,8 @@ from ._child.mainmodule import check_not_being_prepared
 from ._conditions import HealthPolicy
 from ._context import Starting
 from ._logs import LogsSpecs
-from ._policies import RestartPolicy, StopPolicy, WorkerOptions
+from ._options import WorkerOptions
+from ._policies import RestartPolicy, StopPolicy
 from ._run import Run
 from ._spec import StartMethod, check
 
@@ -100,6 +101,8 @@ def start_processes(
         )
         if logs_specs is not None and not isinstance(logs_specs, LogsSpecs):
             raise TypeError(f"{name}: logs_specs must be a LogsSpecs such as DefaultLogsSpecs(), not {logs_specs!r}")
+        if not isinstance(journal, bool):
+            raise TypeError(f"{name}: journal must be True or False, not {journal!r}")
         check_not_being_prepared(name)
         return Run(spec, logs_specs, journal=journal)
 

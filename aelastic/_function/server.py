@@ -25,7 +25,7 @@ from aelastic._child import forkserver, mainmodule, procfs
 from aelastic._descriptors import close_socket, open_socketpair
 from aelastic._exit import ExitStatus
 from aelastic._limits import shortage
-from aelastic._policies import WorkerOptions
+from aelastic._options import WorkerOptions
 from aelastic._process import Command, Confirmation, Process, launch
 
 BOOTSTRAP = str(Path(mainmodule.__file__).with_name("bootstrap.py"))

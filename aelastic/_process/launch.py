@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NoReturn, final
 
 from .._limits import check_one_start, shortage
-from .._policies import WorkerOptions
+from .._options import WorkerOptions
 from .collection import Collection, start_collected
 from .handle import Process
 from .trampoline import Confirmation, argv_of, needed_for

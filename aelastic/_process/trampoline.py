@@ -16,7 +16,7 @@ from typing import final
 
 from .._child import trampoline as program
 from .._descriptors import close_fd, open_pipe
-from .._policies import WorkerOptions
+from .._options import WorkerOptions
 
 NUMBERS = tuple(range(1, signal.NSIG))
 RESTORED = frozenset({signal.SIGPIPE, signal.SIGXFSZ})

@@ -158,7 +158,7 @@ class Signals:
 def report(ctx: PContext, result: RunProcsResult, signalled: int) -> int:
     """Say on stderr how it ended and where the logs are; return the exit code."""
     try:
-        result.raise_for_failures(ctx.name)
+        result.raise_for_failures()
     except ChildFailedError as error:
         say(error.format_msg())
     if ctx.log_dir:

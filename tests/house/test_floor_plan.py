@@ -15,7 +15,18 @@ CELLAR = "_child"
 FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "words",
-        ("_std", "_exit", "_failures", "_policies", "_conditions", "_results", "_events", "_returned", "_ending"),
+        (
+            "_std",
+            "_exit",
+            "_failures",
+            "_options",
+            "_policies",
+            "_conditions",
+            "_results",
+            "_events",
+            "_returned",
+            "_ending",
+        ),
     ),
     ("rules", ("_spec", "_lifecycle", "_restart", "_logs/lines", "_logs/plan", "_logs/prefix")),
     ("tools of the machines", ("_tasks", "_threads", "_limits", "_contagion", "_descriptors")),

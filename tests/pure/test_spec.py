@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from aelastic._failures import RankMappingError
-from aelastic._policies import StopPolicy, WorkerOptions
+from aelastic._options import WorkerOptions
+from aelastic._policies import StopPolicy
 from aelastic._spec import RunSpec, check, worker_environments
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from aelastic._events import OutputLost, WorkerExited
 from aelastic._exit import ExitStatus, signal_name
 from aelastic._failures import ChildFailedError, ProcessFailure, RankMappingError
-from aelastic._policies import Rotate, StopPolicy, WorkerOptions
+from aelastic._options import WorkerOptions
+from aelastic._policies import Rotate, StopPolicy
 from aelastic._results import ExitUsage, RunProcsResult, Survivor
 from aelastic._std import Std, to_map
 
@@ -76,7 +77,8 @@ def test_to_map_spells_out_every_rank() -> None:
 
 
 @pytest.mark.parametrize(
-    "steps", [(), ((15, 1.0),), ((9, -1.0),), ((9, float("nan")),), ((9999, 1.0), (9, 1.0)), (9,), "KILL"]
+    "steps",
+    [(), ((15, 1.0),), ((9, -1.0),), ((9, float("nan")),), ((9, float("inf")),), ((99, 1.0), (9, 1.0)), (9,), "KILL"],
 )
 def test_stop_steps_that_could_never_end_are_refused(steps: object) -> None:
     with pytest.raises((TypeError, ValueError), match="StopPolicy"):
@@ -97,7 +99,17 @@ def test_a_close_with_arguments_replaces_the_first_step_only() -> None:
         {"nice": "5"},
         {"cpus": ()},
         {"cpus": {0: ()}},
+        {"cpus": {-1}},
+        {"cpus": 0},
         {"rlimits": {7: "x"}},
+        {"rlimits": {7: (10, 5)}},
+        {"rlimits": 7},
+        {"user": ""},
+        {"user": 1.5},
+        {"group": -1},
+        {"groups": 3},
+        {"groups": [None]},
+        {"unset_env": [3]},
         {"cwd": 3},
         {"cwd": "a\0"},
         {"pass_fds": (-1,)},
@@ -126,6 +138,35 @@ def test_the_root_cause_is_what_was_seen_first_and_stands_first_in_the_report() 
     assert lines.index("Failed after it:") > lines.index("    boom")
 
 
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("exited with code 3", []),
+        ("exited with code 3\nthe error file is damaged", ["  the error file is damaged"]),
+        ("ValueError: no\nTraceback (most recent call last):\n  File\nValueError: no",
+         ["  ValueError: no", "  Traceback (most recent call last):", "    File"]),
+        ("it said something else", ["  it said something else"]),
+    ],
+)  # fmt: skip
+def test_a_report_says_each_thing_once(message: str, shown: list[str]) -> None:
+    report = str(ChildFailedError("job", {0: failed(0, 1, message=message)}))
+    headline, *rest = report.splitlines()
+    assert headline.startswith("job failed: rank 0 (pid 100) exited with code 3 after")
+    assert rest == shown
+
+
+def test_a_report_names_many_victims_as_ranges_within_its_width() -> None:
+    victims = [1, *range(3, 60), *range(100, 300, 2)]
+    report = str(ChildFailedError("job", {0: failed(0, 1)}, victims=victims))
+    assert "Stopped because of it: ranks 1, 3-59, 100, 102" in report
+    assert max(map(len, report.splitlines())) <= 100
+
+
+def test_a_result_calls_the_run_by_its_name() -> None:
+    with pytest.raises(ChildFailedError, match=r"^trainer failed: rank 0"):
+        RunProcsResult(failures={0: failed(0, 1)}, outcome="failed", name="trainer").raise_for_failures()
+
+
 @given(st.text(max_size=2000))
 def test_a_report_fits_a_terminal_of_100_columns(message: str) -> None:
     report = str(ChildFailedError("job", {0: failed(0, 1, message=message, tail=(message,))}))
@@ -142,6 +183,7 @@ def test_errors_survive_pickling() -> None:
     errors = [
         ChildFailedError("job", {0: failed(0, 1)}),
         RankMappingError("args", missing=[1], extra=["x"], nprocs=2),
+        RankMappingError("cpus", missing=[], extra=[7], nprocs=1, every=False),
     ]
     for error in errors:
         assert str(pickle.loads(pickle.dumps(error))) == str(error)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from aelastic._policies import WorkerOptions
+from aelastic._options import WorkerOptions
 from aelastic._process import Command, Process, Tree, launch
 
 RUN_ID = secrets.token_hex(8)

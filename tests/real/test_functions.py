@@ -35,7 +35,7 @@ from aelastic._function import (
     Unloadable,
     Value,
 )
-from aelastic._policies import WorkerOptions
+from aelastic._options import WorkerOptions
 from aelastic._process import Command, Process
 from aelastic._spec import check
 from tests.real.jobs import Counter, Trap, be_picky, double, double_later, evaluate, fail, write_to

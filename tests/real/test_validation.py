@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,13 @@ class Wrong:
 
 WRONG = (
     Wrong("no name", TypeError, "name must be a string", name=3),
+    Wrong("name of two lines", ValueError, "name stands in one line", name="a\nb"),
+    Wrong("prefix of two lines", ValueError, r"prefixes\[0\] stands in one", more={"log_line_prefixes": {0: "a\n"}}),
+    Wrong("surrogate in args", ValueError, r"args\[1\]\[0\] holds .*ud800", args={0: (), 1: ("\ud800",)}),
+    Wrong(
+        "surrogate in envs", ValueError, r"envs\[0\]\['A'\] holds .*ud800", more={"envs": {0: {"A": "\ud800"}, 1: {}}}
+    ),
+    Wrong("journal a word", TypeError, "journal must be True or False", more={"journal": "no"}),
     Wrong("no entrypoint", TypeError, "entrypoint must be a command", entrypoint=3),
     Wrong("empty entrypoint", ValueError, "entrypoint is empty", entrypoint=""),
     Wrong("NUL in entrypoint", ValueError, "job: entrypoint holds a NUL byte", entrypoint="a\0b"),
@@ -81,6 +88,23 @@ async def test_a_wrong_argument_is_told_in_the_await(wrong: Wrong) -> None:
     unused = starting(wrong)
     with pytest.raises(wrong.error, match=wrong.says):
         await unused
+
+
+async def test_a_wrong_question_to_a_context_is_told() -> None:
+    """Ranks that are none, and times that are no numbers; the run goes on, and is closed as ever."""
+    async with start(RUNS_ON, logs_specs=capture()) as ctx:
+        questions: tuple[Callable[[], Any], ...] = (
+            lambda: ctx.send_signal(15, ranks=3),
+            lambda: ctx.send_signal(15, ranks="0"),
+            lambda: ctx.lines(ranks=[7]),
+            lambda: ctx.wait("1"),
+            lambda: ctx.wait(float("nan")),
+            lambda: ctx.close(timeout="1"),
+        )
+        for wrong in questions:
+            with pytest.raises((TypeError, ValueError), match=r"test: .* (ranks|timeout|lines)|timeout must be"):
+                await wrong()
+        assert ctx.result is None
 
 
 async def test_a_missing_rank_is_both_errors_and_names_them() -> None:
