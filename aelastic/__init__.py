@@ -3,8 +3,9 @@
 General layout. A file imports only from floors below its own:
 
     doors     __init__ (lazy)   worker (standard library only)   cli/
-    floor 5   _start, _context, _readiness, _run, _signals   a run: from start to result; the caller's handle on it
-              _succession                         the attempts of a gang, or of a rank, one after the other
+    floor 5   _supervisor                         several runs under one roof
+              _start, _context, _readiness, _run, _signals   a run: from start to result; the caller's handle on it
+              _round, _succession                 all its ranks; the attempts of a gang or of a rank, one after another
     floor 4   _gang, _attempt                     one attempt: start all, watch all, stop all
     floor 3   _worker                             one incarnation of a rank: its process, its output, its end
     floor 2   _process/ _logs/ _function/ _health/ _bus _guard _evidence _tasks _threads _limits _contagion
@@ -15,7 +16,7 @@ General layout. A file imports only from floors below its own:
 
 A byte goes `_worker` -> `_logs/pump` -> the file first, then `_logs/lines` -> console, filters, subscribers.
 An exit goes `_process` -> `_worker` (status, failure) -> `_gang` (outcome) -> `_restart` (decision) -> `_succession`
-(next attempt) or `_run` (result).
+(next attempt), or `_round` and `_run` (result).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Delivery of events: one bus a run, any number of subscribers, each at its own pace.
 
-The bus owns the sequence numbers and the newest events. It never waits for a reader.
+A stream owns the newest events, a bus their sequence numbers as well. Neither ever waits for a reader.
 """
 
 from __future__ import annotations
@@ -11,34 +11,89 @@ import time
 from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import final
+from typing import Any, final
 
 from ._events import Event
+from ._tasks import first_of
 
 KEPT = 10_000
 """Events a run keeps for readers that come late or fall behind."""
 
 
+class Stream:
+    """Events in the order in which they came, and their readers."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self.onward: Stream | None = None
+        """Gets every event too: of the supervisor above."""
+        self._kept: deque[Event] = deque(maxlen=KEPT)
+        self._count = 0
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    def deliver(self, event: Event) -> None:
+        """Keep an event and wake the readers; never blocks."""
+        self._kept.append(event)
+        self._count += 1
+        self._wake()
+        if self.onward is not None:
+            self.onward.deliver(event)
+
+    def close(self) -> None:
+        """Say that no event follows; readers end after the last one."""
+        self.closed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        for waiter in self._waiting:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def subscribe(self, *, replay: bool) -> Events:
+        """Begin to read: at the oldest kept event, or at the next one."""
+        return Events(self, 0 if replay else self._count)
+
+    def at_or_after(self, place: int) -> tuple[int, Event] | None:
+        """The oldest kept event at `place` or later, and its own place; None when it has not come yet."""
+        first = self._count - len(self._kept)
+        place = max(place, first)
+        return (place, self._kept[place - first]) if place < self._count else None
+
+    async def next(self, place: int) -> tuple[int, Event] | None:
+        """Wait for the first event at `place` or later; None when there will be none."""
+        while (found := self.at_or_after(place)) is None and not self.closed:
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiting.add(waiter)
+            try:
+                await waiter
+            finally:
+                self._waiting.discard(waiter)
+        return found
+
+    async def news(self, *ends: asyncio.Future[Any]) -> None:
+        """Wait for the next event, the end of all events, or one of these."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiting.add(waiter)
+        try:
+            if not self.closed:
+                await first_of(waiter, *ends)
+        finally:
+            self._waiting.discard(waiter)
+
+
 @final
-class Bus:
+class Bus(Stream):
     """The events of one run, numbered in order."""
 
     def __init__(self, name: str, run_id: str) -> None:
+        super().__init__()
         self.attempt = 0
         """The highest that any event told."""
-        self.closed = False
         self.journal: Callable[[Event], None] | None = None
         """Is given every event as it is numbered."""
         self._name = name
         self._run_id = run_id
-        self._kept: deque[Event] = deque(maxlen=KEPT)
         self._next_seq = 0
-        self._waiting: set[asyncio.Future[None]] = set()
-
-    @property
-    def next_seq(self) -> int:
-        """The number of the next event."""
-        return self._next_seq
 
     def publish(self, fact: Event, *, attempt: int | None = None) -> None:
         """Number a fact, keep it and wake the readers; never blocks.
@@ -66,65 +121,30 @@ class Bus:
             self.journal(event)
         return event
 
-    def deliver(self, event: Event) -> None:
-        """Show a numbered event to the readers."""
-        self._kept.append(event)
-        for waiter in self._waiting:
-            if not waiter.done():
-                waiter.set_result(None)
-
-    def close(self) -> None:
-        """Say that no event follows; readers end after the last one."""
-        self.closed = True
-        for waiter in self._waiting:
-            if not waiter.done():
-                waiter.set_result(None)
-
-    def subscribe(self, *, replay: bool) -> Events:
-        """Begin to read: at the oldest kept event, or at the next one."""
-        return Events(self, 0 if replay else self._next_seq)
-
-    def at_or_after(self, seq: int) -> Event | None:
-        """The oldest kept event whose number is at least `seq`; None when it has not come yet."""
-        if not self._kept or seq > self._kept[-1].seq:
-            return None
-        return self._kept[max(0, seq - self._kept[0].seq)]
-
-    async def next(self, seq: int) -> Event | None:
-        """Wait for the first event at `seq` or later; None when there will be none."""
-        while (event := self.at_or_after(seq)) is None and not self.closed:
-            waiter = asyncio.get_running_loop().create_future()
-            self._waiting.add(waiter)
-            try:
-                await waiter
-            finally:
-                self._waiting.discard(waiter)
-        return event
-
 
 @final
 class Events:
-    """One subscription: an async iterator over a run's events, ended by `RunFinished`.
+    """One subscription: an async iterator over a run's events, ended by `RunFinished`, or over a supervisor's.
 
     Reading slowly, or not at all, holds up nothing; `Event.seq` then shows a gap.
 
     Cancellation: only the waiting is stopped; the next read goes on where this one was.
     """
 
-    def __init__(self, bus: Bus, seq: int) -> None:
-        self._bus = bus
-        self._seq = seq
+    def __init__(self, stream: Stream, place: int) -> None:
+        self._stream = stream
+        self._place = place
         self._closed = False
 
     def __aiter__(self) -> Events:
         return self
 
     async def __anext__(self) -> Event:
-        event = None if self._closed else await self._bus.next(self._seq)
-        if event is None or self._closed:
+        found = None if self._closed else await self._stream.next(self._place)
+        if found is None or self._closed:
             raise StopAsyncIteration
-        self._seq = event.seq + 1
-        return event
+        self._place = found[0] + 1
+        return found[1]
 
     async def aclose(self) -> None:
         """End the subscription; further reads end at once."""

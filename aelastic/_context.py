@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Generator
 from types import TracebackType
 from typing import Any, Self, final, overload
 
-from ._bus import Events
+from ._bus import Events, Stream
 from ._logs import Lines
 from ._policies import check_signal, check_timeout
 from ._readiness import wait_ready
@@ -57,26 +57,26 @@ class PContext:
     @property
     def stdouts(self) -> dict[int, str]:
         """Paths by rank, of the current attempt; `""` where the stream has no file."""
-        return self._run.stdouts
+        return self._run.round.stdouts
 
     @property
     def stderrs(self) -> dict[int, str]:
         """Paths by rank, of the current attempt; `""` where the stream has no file."""
-        return self._run.stderrs
+        return self._run.round.stderrs
 
     @property
     def error_files(self) -> dict[int, str]:
         """Paths by rank, of the current attempt; `""` where error files are off."""
-        return self._run.error_files
+        return self._run.round.error_files
 
     @property
     def ready_captures(self) -> dict[int, dict[str, str]]:
         """By rank, what `LinePattern` captured in the current attempt; ranks without any are left out."""
-        return self._run.ready_captures()
+        return self._run.round.ready_captures()
 
     def pids(self) -> dict[int, int]:
         """Process ids by rank, of the ranks whose process is running."""
-        return self._run.pids()
+        return self._run.round.pids()
 
     @overload
     async def wait(self, timeout: None = None) -> RunProcsResult: ...
@@ -213,7 +213,7 @@ class PContext:
             WorkerSignaled: for each group that was reached.
         """
         number = check_signal("send_signal: sig", sig)
-        self._run.send_signal(number, self._ranks("send_signal(ranks=)", ranks))
+        self._run.round.send_signal(number, self._ranks("send_signal(ranks=)", ranks))
 
     async def close(self, death_sig: int | None = None, timeout: float | None = None) -> None:
         """Stop the run and wait until nothing of it is left.
@@ -269,15 +269,25 @@ class Starting:
         return self._open().__await__()
 
     async def _open(self) -> PContext:
+        run, context = self.begin()
+        await run.wait_started()
+        return context
+
+    def begin(self, onward: Stream | None = None) -> tuple[Run, PContext]:
+        """Make the run and begin it.
+
+        Args:
+            onward: of a supervisor, which gets the run's events and decides what follows when it has come down.
+        """
         if self._make is None:
             raise RuntimeError("this start was used already: call start_processes again for another run")
         make, self._make = self._make, None
         run = make()
+        run.kept, run.bus.onward = onward is not None, onward
         context = SubprocessContext(run) if run.spec.is_command else MultiprocessContext(run)
         run.context = context
         run.begin()
-        await outlast(run.started, on_cancel=lambda: run.stop(None, "its start was cancelled"), end=run.finished)
-        return context
+        return run, context
 
     async def __aenter__(self) -> PContext:
         self._context = await self._open()

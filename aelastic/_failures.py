@@ -250,6 +250,22 @@ def _wrapped(lines: Iterable[str], indent: str = "  ") -> Iterable[str]:
         ) or [""]  # fmt: skip
 
 
+class SupervisorFailed(Exception):
+    """A supervisor has given up: more restarts were needed than its intensity allows. Its cause is the last failure.
+
+    Args:
+        message: who needed the last one, and why there was none.
+        fallen: name of the run, or of the supervisor below, that was the last to fail.
+    """
+
+    def __init__(self, message: str, fallen: str) -> None:
+        super().__init__(message)
+        self.fallen = fallen
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.args[0], self.fallen))
+
+
 class SignalException(Exception):
     """A signal arrived while its run was in the care of `forward_signals`.
 

@@ -28,18 +28,19 @@ async def wait_ready(run: Run, timeout: float | None) -> None:
 
 
 async def _all_ready(run: Run) -> None:
-    while not _is_ready(run):
+    while not is_ready(run):
         lost = [worker for worker in _workers(run) if worker.has_missed_ready]
         if run.finished.done() or any(not run.may_restart(worker.rank) for worker in lost):
             raise await _not_ready(run, lost)
-        await run.news(*(worker.ended for worker in _workers(run) if not worker.ended.done()))
+        await run.bus.news(*(worker.ended for worker in _workers(run) if not worker.ended.done()))
 
 
 def _workers(run: Run) -> Collection[Worker]:
-    return run.workers.values()
+    return run.round.workers.values()
 
 
-def _is_ready(run: Run) -> bool:
+def is_ready(run: Run) -> bool:
+    """Whether all ranks are ready now."""
     workers = _workers(run)
     return len(workers) == run.spec.nprocs and all(worker.has_become_ready for worker in workers)
 

@@ -8,12 +8,16 @@ for.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, TypeVar, final
 
 from ._failures import ProcessFailure
 from ._policies import Backoff, RestartPolicy
+
+Strategy = Literal["one_for_one", "one_for_all", "rest_for_one"]
+"""Which children of a supervisor restart when one has fallen: that one, all, or that one and those started after it."""
+T = TypeVar("T")
 
 
 @final
@@ -74,13 +78,40 @@ class Ended:
 
 
 @final
+class Intensity:
+    """How many restarts there may be, for ever or within a sliding window, and when they were.
+
+    Args:
+        window: seconds; None counts for ever.
+    """
+
+    def __init__(self, most: int, window: float | None) -> None:
+        self._most = most
+        self._window = window
+        self._instants: deque[float] = deque()
+
+    def has_room(self, now: float) -> bool:
+        """Whether there may be another one; what doesn't count any more is forgotten."""
+        while self._window is not None and self._instants and now - self._instants[0] >= self._window:
+            self._instants.popleft()
+        return len(self._instants) < self._most
+
+    def spend(self, now: float) -> None:
+        """Count one."""
+        self._instants.append(now)
+
+    def __str__(self) -> str:
+        within = "" if self._window is None else f" within {self._window:g} s"
+        return f"{_restarts(self._most)}{within}"
+
+
+@final
 class Budget:
     """The restarts of one gang or one rank: those it had, and what the next would cost."""
 
     def __init__(self, policy: RestartPolicy) -> None:
         self._policy = policy
-        self._instants: deque[float] = deque(maxlen=policy.max_restarts)
-        """When it was restarted; those that don't count any more leave at the left."""
+        self._intensity = Intensity(policy.max_restarts, policy.window)
         self._delays = Delays(policy.backoff)
 
     def decide(self, ended: Ended, *, now: float, chance: float) -> Decision:
@@ -94,7 +125,7 @@ class Budget:
             return Rest()
         if (obstacle := self._obstacle(ended, now)) is not None:
             return GiveUp(obstacle)
-        self._instants.append(now)
+        self._intensity.spend(now)
         return Restart(self._delays.next(ended.lived, chance), _what_happened(ended))
 
     def _obstacle(self, ended: Ended, now: float) -> str | None:
@@ -108,16 +139,9 @@ class Budget:
         for rank, failure in sorted(ended.failures.items()):
             if ask is not None and not ask(failure):
                 return f"RestartPolicy.retriable said no to the failure of rank {rank}"
-        return self._spent(now)
-
-    def _spent(self, now: float) -> str | None:
-        window, most = self._policy.window, self._policy.max_restarts
-        while window is not None and self._instants and now - self._instants[0] >= window:
-            self._instants.popleft()
-        if len(self._instants) < most:
+        if self._intensity.has_room(now):
             return None
-        within = "" if window is None else f" within {window:g} s"
-        return f"its budget of {_restarts(most)}{within} is spent (RestartPolicy.max_restarts)"
+        return f"its budget of {self._intensity} is spent (RestartPolicy.max_restarts)"
 
 
 @final
@@ -141,6 +165,22 @@ class Delays:
         delay = self._next
         self._next = min(delay * backoff.factor, backoff.maximum)
         return delay * (1 - backoff.jitter * chance)
+
+
+def affected(strategy: Strategy, children: Sequence[T], fallen: T) -> list[T]:
+    """Which children of a supervisor restart when one has fallen, in the order of their starts.
+
+    Example:
+        >>> affected("rest_for_one", ["db", "cache", "web"], "cache")
+        ['cache', 'web']
+    """
+    match strategy:
+        case "one_for_one":
+            return [fallen]
+        case "one_for_all":
+            return list(children)
+        case "rest_for_one":
+            return list(children[children.index(fallen) :])
 
 
 def _restarts(count: int) -> str:

@@ -1,4 +1,4 @@
-"""A run from start to result: opens the machines, lets its gang or its ranks follow one another, draws the conclusion.
+"""A run from start to result: opens the machines, lets its rounds be made on them, hands out the result.
 
 The run owns everything that lives as long as it does. Its task is a service: whoever is cancelled, the run comes to
 its end, and its result is there after everything of it is gone.
@@ -7,37 +7,33 @@ its end, and its result is there after everything of it is gone.
 from __future__ import annotations
 
 import asyncio
-import itertools
+import contextlib
 import json
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar, final
 
 from ._attempt import Machines, StartAbandoned, Terms, check_limits
 from ._bus import Bus
 from ._conditions import Question
-from ._contagion import Contagion
 from ._ending import Cause
-from ._events import Event, GuardLost, RunFinished, RunStarted, StopRequested, UsageSampled
+from ._events import Event, GuardLost, RestartScheduled, RunFinished, RunStarted, UsageSampled
 from ._function import ForkServer
 from ._guard import watch
 from ._health import Ward
-from ._lifecycle import outcome
 from ._limits import as_start_error
-from ._logs import Console, InheritLogsSpecs, Journal, LineHub, Lines, LogsDest, LogsSpecs, Plans, Route, plan
+from ._logs import Console, InheritLogsSpecs, Journal, LineHub, Lines, LogsSpecs, Plans, Route, plan
 from ._policies import Step
 from ._process import Cgroups, Tree, choose_cgroups, signal_alone
 from ._results import RunProcsResult, Usage
+from ._round import Round
 from ._spec import RunSpec, worker_environments
 from ._std import Std
-from ._succession import Succession
-from ._tasks import ServiceTask, first_of, service
+from ._tasks import ServiceTask, outlast, service
 from ._threads import Threads
-from ._worker import Worker
 
-K = TypeVar("K")
 V = TypeVar("V")
 PROBES = 2
 """Threads of a run for /proc, evidence and pickles."""
@@ -73,58 +69,40 @@ class Run:
         self._with_journal = journal
         self._host = dict(os.environ)
         self._disks = Threads(f"aelastic {spec.name} disk", DISKS)
-        self._successions: tuple[Succession, ...] = ()
-        self._contagion = Contagion(spec.stop.on_failure, self._stop_for_failure)
+        self.kept = False
+        """Whether a supervisor decides what follows a round."""
+        self.down: asyncio.Future[None] = loop.create_future()
+        """Done when a round is over and its keeper is to decide, or the run is; a new one for each round."""
+        self._round: Round | None = None
+        self._verdict: asyncio.Future[bool] = loop.create_future()
+        """Whether another round follows the one under way."""
+        self._recalled = False
+        self._gave_up = ""
         self._stop: tuple[tuple[Step, ...] | None, str] | None = None
-        self._error: BaseException | None = None
         self._task: ServiceTask[None] | None = None
         self._last: Event | None = None
 
     @property
-    def workers(self) -> dict[int, Worker]:
-        """By rank, the newest incarnations; a rank that is only being started is left out."""
-        return {rank: worker for each in self._successions for rank, worker in each.workers.items()}
+    def round(self) -> Round:
+        """The round under way, or the last one.
 
-    @property
-    def stdouts(self) -> dict[int, str]:
-        """By rank, files of the newest incarnations; `""` where the stream has none."""
-        return self._newest(lambda dest: dest.stdouts)
-
-    @property
-    def stderrs(self) -> dict[int, str]:
-        """As `stdouts`."""
-        return self._newest(lambda dest: dest.stderrs)
-
-    @property
-    def error_files(self) -> dict[int, str]:
-        """As `stdouts`."""
-        return self._newest(lambda dest: dest.error_files)
-
-    def _newest(self, paths: Callable[[LogsDest], Mapping[int, str]]) -> dict[int, str]:
-        settled = [(each.ranks, paths(each.terms.dest)) for each in self._successions]
-        return {rank: path for ranks, found in settled for rank, path in found.items() if rank in ranks}
-
-    def ready_captures(self) -> dict[int, dict[str, str]]:
-        """By rank, what line patterns captured of the newest incarnations."""
-        return {rank: captures for each in self._successions for rank, captures in each.captures().items()}
-
-    def may_restart(self, rank: int) -> bool:
-        """Whether a rank that has ended may yet be started again."""
-        return any(each.may_go_on for each in self._successions if rank in each.ranks)
-
-    def pids(self) -> dict[int, int]:
-        """By rank, of the workers whose process is running."""
-        return {rank: pid for each in self._successions for rank, pid in each.pids().items()}
-
-    def send_signal(self, sig: int, ranks: Collection[int]) -> None:
-        """Signal the process groups of these ranks."""
-        for worker in map(self.workers.get, ranks):
-            if worker is not None:
-                worker.send_signal(sig, "its caller asked")
+        Raises:
+            RuntimeError: before the first, while the run opens what it needs.
+        """
+        if self._round is None:
+            raise RuntimeError(f"{self.spec.name} has not begun to start its ranks")
+        return self._round
 
     def begin(self) -> None:
         """Start the run's task."""
         self._task = service(self._supervise(), name=f"run {self.spec.name}", on_cancel=self._loop_ends)
+
+    async def wait_started(self) -> None:
+        """Wait until every rank has been started.
+
+        Cancellation: stops the run; raised when nothing of it is left.
+        """
+        await outlast(self.started, on_cancel=lambda: self.stop(None, "its start was cancelled"), end=self.finished)
 
     def _loop_ends(self) -> None:
         self.stop(None, "the event loop is ending")
@@ -133,13 +111,38 @@ class Run:
         """Stop all of it, also what is only being started or about to be started again; see `Gang.stop`."""
         if self._stop is None or steps is not None:
             self._stop = (steps, why)
-        self._stop_all(steps, why, Cause.CALLER)
+        self._end_rounds()
+        if self._round is not None:
+            self._round.stop(steps, why, Cause.CALLER)
 
-    def _stop_all(self, steps: tuple[Step, ...] | None, why: str, cause: Cause) -> None:
-        self._contagion.end()
-        changed = [succession.stop(steps, why, cause) for succession in self._successions]
-        if any(changed):
-            self.bus.publish(StopRequested(reason=why))
+    def recall(self, why: str) -> None:
+        """Stop the round under way for the keeper, who then decides what follows."""
+        self._recalled = True
+        if self._round is not None:
+            self._round.stop(None, why, Cause.CALLER)
+
+    def go_on(self, why: str) -> None:
+        """Let another round begin; without effect on a run that is not down, or is to end."""
+        if not self.down.done() or self._verdict.done():
+            return
+        self.bus.publish(RestartScheduled(delay=0.0, reason=why))
+        self._verdict.set_result(True)
+        self._recalled = False
+        self._round = self.round.following()
+        self._verdict, self.down = (asyncio.get_running_loop().create_future() for _ in range(2))
+
+    def give_up(self, why: str) -> None:
+        """Let no other round begin; the result will say why."""
+        self._gave_up = why
+        self._end_rounds()
+
+    def _end_rounds(self) -> None:
+        if not self._verdict.done():
+            self._verdict.set_result(False)
+
+    def may_restart(self, rank: int) -> bool:
+        """Whether a rank that has ended may yet be started again."""
+        return (self.kept and not self._verdict.done()) or self.round.may_restart(rank)
 
     async def _supervise(self) -> None:
         try:
@@ -148,10 +151,17 @@ class Run:
         except BaseException as error:  # noqa: BLE001  # handed to whoever awaits the start or the result
             self._end()
             self._fall(error)
+            self._is_down()
         else:
             self.result = result
             self._end()
             self.finished.set_result(result)
+            self._is_down()
+
+    def _is_down(self) -> None:
+        self._end_rounds()
+        if not self.down.done():
+            self.down.set_result(None)
 
     def _fall(self, error: BaseException) -> None:
         if self.started.done():
@@ -219,7 +229,7 @@ class Run:
     def _open_ward(self, tree: Tree) -> Ward:
         ward = Ward(
             self.spec.name,
-            pids=self.pids,
+            pids=self._pids,
             members=tree.by_rank,
             poke=signal_alone,
             lines=self._lines_of,
@@ -228,6 +238,9 @@ class Run:
         if self.spec.health is not None and self.spec.health.usage_every is not None:
             ward.sample_usage(self.spec.health.usage_every, self._usage_sampled)
         return ward
+
+    def _pids(self) -> dict[int, int]:
+        return self.round.pids()
 
     def _lines_of(self, rank: int, std: Std) -> Lines:
         return self.hub.lines(ranks=[rank], std=std, lossless=True, partials=True)
@@ -283,105 +296,36 @@ class Run:
         self.bus.publish(GuardLost(pid=pid, reason=reason))
 
     async def _see_through(self, terms: Terms, machines: Machines) -> RunProcsResult:
-        """Let the attempts be made, from the first to the last, and say how they ended."""
+        """Let the rounds be made, from the first to the last, and say how they ended."""
         containment = "session" if machines.cgroups is None else "cgroup"
         self.bus.publish(RunStarted(nprocs=self.spec.nprocs, containment=containment, log_dir=self.log_dir))
-        everybody = range(self.spec.nprocs)
-        groups = [(rank,) for rank in everybody] if self.spec.restarts_ranks else [tuple(everybody)]
-        self._successions = tuple(Succession(self.spec, ranks, terms, self._settle, machines) for ranks in groups)
         gave_up, succeeded = "", False
         try:
-            await self._live()
-            result = self._conclude()
+            if self._stop is not None:
+                raise StartAbandoned(f"{self.spec.name} was stopped while it was being started")
+            self._round = Round.first(self.spec, self._settle, machines, terms)
+            await self._make_rounds()
+            result = self._round.conclude(closed=self._stop is not None, gave_up=self._gave_up)
             gave_up, succeeded = result.gave_up, result.outcome == "succeeded"
         finally:
             self._last = self.bus.number(RunFinished(succeeded=succeeded, gave_up=gave_up))
         return result
 
-    async def _live(self) -> None:
-        lives: list[ServiceTask[None]] = []
-        try:
-            for succession in self._successions:
-                self._raise_if_ended()
-                lives.append(service(self._follow(succession), name=f"attempts of {self.spec.name}"))
-                await asyncio.wait({succession.started})
-                succession.started.result()
-                if self.spec.starts_in_order and not await self._may_follow(succession, lives[-1]):
-                    break
-            self._contagion.all_started()
-            self.started.set_result(None)
-        except BaseException as error:
-            self._stop_for_failure(f"the start did not succeed: {error}")
-            raise
-        finally:
-            if lives:
-                await asyncio.wait(lives)
-            self._contagion.end()
-        if self._error is not None:
-            raise self._error
+    async def _make_rounds(self) -> None:
+        await self.round.start()
+        self.started.set_result(None)
+        await self.round.ended()
+        while await self._goes_on():
+            with contextlib.suppress(OSError, StartAbandoned):  # the round tells of it at its end
+                await self.round.start()
+            await self.round.ended()
 
-    async def _may_follow(self, succession: Succession, life: ServiceTask[None]) -> bool:
-        """Wait until a rank that restarts by itself is ready, or has ended well; False if it failed for good."""
-        if succession is self._successions[-1]:
-            return True
-        while not (succession.ready or life.done() or self._stop is not None or self._contagion.breaks_out):
-            await self.news(life)
-        return not self._contagion.breaks_out
-
-    async def news(self, *ends: asyncio.Future[Any]) -> None:
-        """Wait until anything happens to the run, or one of these is done."""
-        event = asyncio.ensure_future(self.bus.next(self.bus.next_seq))
-        try:
-            await first_of(event, self.finished, *ends)
-        finally:
-            event.cancel()
-
-    def _raise_if_ended(self) -> None:
-        if self._stop is not None or self._error is not None:
-            raise self._error or StartAbandoned(f"{self.spec.name} was stopped while it was being started")
-
-    async def _follow(self, succession: Succession) -> None:
-        """Let one succession live, and tell the others when it has failed for good."""
-        try:
-            await succession.live()
-        except BaseException as error:  # noqa: BLE001  # a bug, ours or of a `retriable`: raised when all have ended
-            self._error = self._error or error
-            self._stop_for_failure(f"it could not be supervised: {error!r}")
-        else:
-            if succession.failed:
-                self._contagion.failed(f"rank {', '.join(map(str, succession.end.failures))} failed for good")
-
-    def _stop_for_failure(self, why: str) -> None:
-        self._stop_all(None, why, Cause.FAILURE)
-
-    def _conclude(self) -> RunProcsResult:
-        """Put together how everything ended."""
-        each = self._successions
-        ends = [one.end for one in each]
-        cut_short = any(one.end.closed or one.cut_short for one in each)
-        survivors = tuple(left for end in ends for left in end.survivors)
-        return RunProcsResult(
-            return_values=union(end.return_values for end in ends),
-            failures=union(end.failures for end in ends),
-            stdouts=self.stdouts,
-            stderrs=self.stderrs,
-            outcome=outcome(
-                failed=any(one.failed for one in each),
-                survived=bool(survivors),
-                closed=self._stop is not None and cut_short,
-            ),
-            exits=union(end.exits for end in ends),
-            victims=union(end.victims for end in ends),
-            survivors=survivors,
-            attempts=max(len(one.history) for one in each),
-            history=tuple(map(union, itertools.zip_longest(*(one.history for one in each), fillvalue={}))),
-            gave_up="; ".join(filter(None, (one.gave_up for one in each))),
-            lost_bytes=sum(one.lost_bytes for one in each),
-            pieces=union(one.pieces for one in each),
-            name=self.spec.name,
-        )
-
-
-def union(mappings: Iterable[Mapping[K, V]]) -> dict[K, V]:
-    """One mapping of several, each with keys of its own."""
-    return {key: value for mapping in mappings for key, value in mapping.items()}
+    async def _goes_on(self) -> bool:
+        """Whether a keeper lets another round begin."""
+        over = not (self.round.failed or self._recalled or self.spec.restart.when == "always")
+        if over or not self.kept or self._verdict.done():
+            return False
+        verdict = self._verdict
+        self.down.set_result(None)
+        await asyncio.wait({verdict})
+        return verdict.result()

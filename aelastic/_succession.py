@@ -52,8 +52,8 @@ class Succession:
         """How the newest attempt that is over ended."""
         self.gave_up = ""
         """Why it was not started again, a sentence; `""` where no restart was asked for."""
-        self.cut_short = False
-        """Whether another attempt was due when it was stopped."""
+        self.cut_short = True
+        """Whether another attempt, or the first, was due when it was stopped."""
         self.history: list[dict[int, ProcessFailure]] = []
         """By attempt that is over: failures by rank."""
         self.lost_bytes = 0
@@ -68,6 +68,13 @@ class Succession:
         self._stopped: asyncio.Future[None] = loop.create_future()
         self._began = loop.time()
         self._over = False
+
+    def following(self) -> Succession:
+        """One that goes on where this one ended, with a budget of its own."""
+        following = Succession(self._spec, self.ranks, self.terms, self._settle, self._machines)
+        following.end, following.history = self.end, self.history
+        following.lost_bytes, following.pieces = self.lost_bytes, self.pieces
+        return following
 
     @property
     def workers(self) -> dict[int, Worker]:
@@ -151,7 +158,6 @@ class Succession:
             self._unstarted = error
             return AttemptEnd(failures={min(self.ranks): failure_of_start(min(self.ranks), error)})
         if self._stopped.done():
-            self.cut_short = True
             return None
         self.terms = terms
         self._gang = Gang(self._spec, self.ranks, terms, self._machines)
@@ -171,7 +177,7 @@ class Succession:
         self._began = self._loop.time()
 
     def _note(self, end: AttemptEnd) -> None:
-        self.end = end
+        self.end, self.cut_short = end, False
         self.lost_bytes += end.lost_bytes
         self.pieces |= end.pieces
         self.history.append(end.failures)
@@ -187,7 +193,7 @@ class Succession:
         match self._budget.decide(ended, now=now, chance=chance):
             case Restart(delay, reason):
                 await self._pause(delay, reason)
-                return not self.cut_short
+                return not self._stopped.done()
             case GiveUp(reason):
                 self.gave_up = reason if self.rank is None else f"rank {self.rank}: {reason}"
             case Rest():
@@ -196,8 +202,8 @@ class Succession:
 
     async def _pause(self, delay: float, reason: str) -> None:
         """Wait for the next attempt's time, or for a stop."""
+        self.cut_short = True
         if not self._stopped.done():
             scheduled = RestartScheduled(delay=delay, reason=reason, rank=self.rank)
             self._machines.bus.publish(scheduled, attempt=len(self.history) - 1)
             await asyncio.wait({self._stopped}, timeout=delay)
-        self.cut_short = self._stopped.done()

@@ -45,4 +45,4 @@ async def test_the_journal_has_an_event_before_any_reader() -> None:
     assert journalled == [last]
     assert bus.at_or_after(0) is None
     bus.deliver(last)
-    assert bus.at_or_after(0) is last
+    assert bus.at_or_after(0) == (0, last)
