@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import faulthandler
 import gc
 import itertools
@@ -32,14 +33,41 @@ NOT_STARTED = 127
 PID = struct.Struct("<q")
 
 
-def fork_apart(is_forked: Callable[[], object] = int) -> int:
-    """Fork with all signals blocked, so that none of them runs a handler of the parent's in the child.
-
-    Args:
-        is_forked: called in the parent as soon as there is a child.
+def fork_apart() -> int:
+    """Fork as `begin` does, and block until the child leads its session.
 
     Returns:
-        0 in the child, where they stay blocked; the child's pid in the parent, once it leads a session of its own.
+        0 in the child; the child's pid in the parent.
+
+    Raises:
+        OSError: if there can be no further process.
+    """
+    pid, ready_fd = begin()
+    return pid and told_pid(ready_fd, pid)
+
+
+def told_pid(ready_fd: int, pid: int) -> int:
+    """Block until the child that `begin` forked leads its session, or has ended; give its pid, and close the pipe.
+
+    Raises:
+        ChildProcessError: if it ended before anybody knew its pid.
+    """
+    try:
+        told = os.read(ready_fd, PID.size)
+    finally:
+        os.close(ready_fd)
+    if not told and pid < 0:
+        raise ChildProcessError(errno.ECHILD, "it ended at once")
+    return int(PID.unpack(told)[0]) if told else pid
+
+
+def begin() -> tuple[int, int]:
+    """Fork with all signals blocked, so that none of them runs a handler of the parent's in the child.
+
+    Returns:
+        1. 0 in the child, where they stay blocked.
+        2. The child's pid in the parent (-1 where Python hides it), and a pipe that is readable as soon as the child
+           leads a session of its own, for `told_pid`.
 
     Raises:
         OSError: if there can be no further process.
@@ -48,21 +76,25 @@ def fork_apart(is_forked: Callable[[], object] = int) -> int:
     pid = -1
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
+        pid = os.fork()
+    except Warning:  # from 3.12 on, in the parent of a threaded program; the child is there all the same
+        pass
+    except BaseException:
+        os.close(ready_r)
+        raise
+    finally:
+        if pid:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            os.close(ready_w)
+    if pid == 0:
         try:
-            pid = os.fork()
-        except Warning:  # from 3.12 on, in the parent of a threaded program; the child is there all the same
-            pid = -1
-        if pid == 0:
             os.setsid()
             os.write(ready_w, PID.pack(os.getpid()))
-    finally:
-        if pid != 0:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            is_forked()
-        os.close(ready_w)
-        told = os.read(ready_r, PID.size) if pid != 0 else b""
-        os.close(ready_r)
-    return pid if pid >= 0 else int(PID.unpack(told)[0])
+            os.close(ready_w)
+            os.close(ready_r)
+        except BaseException:  # noqa: BLE001  # never back into the parent's stack
+            os._exit(NOT_STARTED)
+    return pid, ready_r
 
 
 def run(
@@ -112,6 +144,9 @@ def _forget_host(unwanted: Iterable[int]) -> None:
     """Drop what is the parent's business: its exit hooks, its wake-up descriptor, its descriptors."""
     gc.freeze()  # what the parent left to be collected has finalizers that are none of ours
     signal.set_wakeup_fd(-1)
+    threading.current_thread()._daemonic = False  # type: ignore[attr-defined]  # noqa: SLF001  # or all others would be
+    if "asyncio.events" in sys.modules:
+        sys.modules["asyncio.events"]._set_running_loop(None)  # noqa: SLF001
     atexit._clear()  # noqa: SLF001  # has no public name, and multiprocessing does it too
     threading._threading_atexits.clear()  # type: ignore[attr-defined]  # noqa: SLF001  # likewise
     for fd in unwanted:
@@ -242,7 +277,7 @@ def _exit_code(body: Callable[[], int]) -> int:
         except BaseException:  # noqa: BLE001  # shown, as an interpreter does, which ends all the same
             sys.excepthook(*sys.exc_info())
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(Exception):  # None, closed, or what the user made of it
             stream.flush()
     if code < 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

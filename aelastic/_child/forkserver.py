@@ -43,12 +43,19 @@ def serve(control_fd: int, settings: str) -> int:
     chosen = json.loads(settings)
     sys.path[:] = chosen["sys_path"]
     for name in chosen["preload"]:
-        with contextlib.suppress(ImportError):  # as multiprocessing's: a worker that needs it tells
-            importlib.import_module(name)
+        _preload(name)
     os.set_inheritable(control_fd, False)  # noqa: FBT003  # positional only
     with socket.socket(fileno=control_fd) as control:
         Server(control).run()
     return 0
+
+
+def _preload(name: str) -> None:
+    """Import a module; what can't be imported is told, and a worker that needs it fails by itself."""
+    try:
+        importlib.import_module(name)
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # a module may raise anything
+        sys.stderr.write(f"aelastic: forkserver_preload: {name} can't be imported: {type(error).__name__}: {error}\n")
 
 
 class Server:

@@ -12,6 +12,7 @@ mark in the stream, not the end of the pipe. Both sides are here, neither decide
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 
@@ -33,14 +34,29 @@ F_SETPIPE_SZ = 1031  # fcntl.F_SETPIPE_SZ, Linux only; a pipe of the default 64 
 
 
 class ChunkWriter:
-    """The file that a pickler writes to: each write becomes a chunk."""
+    """The file that a pickler writes to: each write becomes a chunk.
+
+    It belongs to the process that made it, and to the pipe that its descriptor was then.
+    """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._pid = os.getpid()
+        self._pipe = os.fstat(fd).st_ino
         self._enlarged = False
 
+    def is_anothers(self) -> bool:
+        """Whether this process was forked from the one that made it: then there is nothing to say for it."""
+        return os.getpid() != self._pid
+
     def kind(self, kind: bytes) -> None:
-        """Say what follows."""
+        """Say what follows.
+
+        Raises:
+            OSError: if the descriptor was closed meanwhile, or is another file's now.
+        """
+        if os.fstat(self._fd).st_ino != self._pipe:
+            raise OSError(errno.EBADF, "its descriptor was closed, and is another file's now")
         self._send(memoryview(kind))
 
     def mark(self, mark: int) -> None:

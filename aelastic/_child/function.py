@@ -146,7 +146,7 @@ def perform(receive_call: Callable[[], Call], result_fd: int) -> int:
             sys.excepthook = lambda *_: None  # it has been shown
             raise
         return 1
-    return _attempt(lambda: _send_value(value, results))
+    return 0 if results.is_anothers() else _attempt(lambda: _send_value(value, results))
 
 
 def _received(receive_call: Callable[[], Call]) -> Call:
@@ -168,10 +168,23 @@ def _run(coroutine: types.CoroutineType[Any, Any, Any]) -> Any:
 def _report(error: BaseException, results: ChunkWriter) -> None:
     """Tell everyone: the rank's log, its error file, the supervisor."""
     error.__traceback__ = _users_part(error.__traceback__)
-    sys.excepthook(type(error), error, error.__traceback__)
+    _show(error)
+    if results.is_anothers():
+        return  # a child that the function forked came back from it
     scribe = ErrorHandler()
     scribe.record_exception(error)
     _attempt(lambda: _send_exception(error, results))
+
+
+def _show(error: BaseException) -> None:
+    """Print it as the interpreter would, also where the user's hook can't."""
+    try:
+        sys.excepthook(type(error), error, error.__traceback__)
+    except BaseException as broken:  # noqa: BLE001  # the user's code, after which there is still a result to be sent
+        sys.stderr.write("Error in sys.excepthook:\n")
+        sys.__excepthook__(type(broken), broken, broken.__traceback__)
+        sys.stderr.write("\nOriginal exception was:\n")
+        sys.__excepthook__(type(error), error, error.__traceback__)
 
 
 def _users_part(trace: types.TracebackType | None) -> types.TracebackType | None:
@@ -186,6 +199,9 @@ def _attempt(send: Callable[[], int]) -> int:
         return send()
     except BrokenPipeError:
         return 1  # the supervisor doesn't read any more: it has ended, or could not load what came so far
+    except OSError as error:
+        sys.stderr.write(f"aelastic: the function is over, but its result can't be sent: {error}\n")
+        return 1
 
 
 def _send_exception(error: BaseException, results: ChunkWriter) -> int:

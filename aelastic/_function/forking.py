@@ -1,4 +1,7 @@
-"""Start a worker by fork(2), in a thread.
+"""Start a worker by fork(2), in the loop's own thread.
+
+Not in another: fork(2) holds the interpreter anyway; no spawn of the loop is half-way then, whose descriptors a worker
+would keep; and a child that any but the main thread forked runs no signal handler on Python 3.13.
 
 Nothing is pickled on the way down: the function finds the host's memory as it was. What differs from spawn: threads
 of the host don't exist in the worker, locks that they held stay locked, variables that an interpreter reads at its
@@ -10,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
+import contextvars
 import functools
 import os
 import threading
@@ -25,9 +28,6 @@ from aelastic._limits import shortage
 from aelastic._process import Command, Confirmation, Process, needed_for
 
 from .channel import ResultChannel
-
-STILL_SECONDS = 0.25
-"""How long the loop waits for a fork at the most: hooks of the host (os.register_at_fork) may hold it up."""
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -61,7 +61,10 @@ async def fork(call: Call, command: Command, result: ResultChannel) -> Process:
             settings=settings_of(command),
             unwanted=owned() - kept,
         )
-        pid = await _fork(become, command.who)
+        pid, ready_fd = forked.begin()
+        if pid == 0:
+            _leave(become)
+        pid = await _session_led(ready_fd, pid)
     except OSError as error:
         confirmation.close()
         what = shortage(error.errno or 0) or error.strerror
@@ -76,40 +79,26 @@ async def fork(call: Call, command: Command, result: ResultChannel) -> Process:
     return process
 
 
-async def _fork(become: Callable[[], NoReturn], who: str) -> int:
-    """Fork in a thread of its own, so that the worker begins with its stack alone; give the child's pid.
-
-    The loop stands still while it forks, as it would anyway, because fork(2) holds the interpreter. So no spawn in it
-    is half-way then, whose descriptors the worker would keep, and asyncio would wait for them until the worker ends.
-
-    Raises:
-        OSError: if there can be no further process or thread.
-    """
-    loop = asyncio.get_running_loop()
-    told: asyncio.Future[int] = loop.create_future()
-    is_forked = threading.Event()
-
-    def work() -> None:
-        try:
-            pid = forked.fork_apart(is_forked.set)
-        except OSError as error:
-            loop.call_soon_threadsafe(told.set_exception, error)
-        else:
-            if pid == 0:
-                try:
-                    become()
-                finally:
-                    os._exit(forked.NOT_STARTED)
-            loop.call_soon_threadsafe(told.set_result, pid)
-        finally:
-            is_forked.set()
-
+def _leave(become: Callable[[], NoReturn]) -> NoReturn:
+    """In the child: what the host's task has set is none of the worker's, and nothing comes back from here."""
     try:
-        threading.Thread(target=work, name=f"fork of {who}", daemon=False).start()
-    except RuntimeError as error:
-        raise OSError(errno.EAGAIN, str(error)) from error
-    is_forked.wait(STILL_SECONDS)
-    return await told
+        contextvars.Context().run(become)
+    finally:
+        os._exit(forked.NOT_STARTED)
+
+
+async def _session_led(ready_fd: int, pid: int) -> int:
+    """Wait until the child leads its session, or has ended; give its pid."""
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def heard() -> None:
+        loop.remove_reader(ready_fd)
+        ready.set_result(None)
+
+    loop.add_reader(ready_fd, heard)
+    await asyncio.wait({ready})
+    return forked.told_pid(ready_fd, pid)
 
 
 @final

@@ -149,10 +149,15 @@ def _pickle_all(spec: RunSpec, ranks: Collection[int]) -> tuple[dict[int, Payloa
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001
     program = (interpreter(), *flags)
     payloads: dict[int, Payload] = {}
+    by_args: dict[tuple[int, ...], Payload] = {}
     function = _function_of(spec)
     try:
         for rank in ranks:
-            payloads[rank] = pickle_call(function, spec.args[rank])
+            args = spec.args[rank]
+            same = tuple(map(id, args))  # all ranks often get the same, and it may be large
+            payloads[rank] = dataclasses.replace(by_args[same]) if same in by_args else pickle_call(function, args)
+            if payloads[rank].is_shareable:
+                by_args[same] = payloads[rank]
     except BaseException as error:
         for payload in payloads.values():
             payload.close()

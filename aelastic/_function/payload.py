@@ -41,6 +41,8 @@ class Payload:
     """Duplicates of what the arguments share by descriptor; the worker gets them in this order."""
     tracker_fd: int | None
     """multiprocessing's resource tracker, where the arguments or the host use it; owned by multiprocessing."""
+    is_shareable: bool
+    """Whether another rank may be sent the same: nothing in it counts who has it."""
 
     @property
     def shared(self) -> tuple[int, ...]:
@@ -61,10 +63,10 @@ class Payload:
         return pickle.dumps(header, 5), self.body
 
     def close(self) -> None:
-        """Close the duplicates; idempotent."""
+        """Close the duplicates and let go of what is sent by now; idempotent."""
         for fd in self.descriptors:
             os.close(fd)
-        self.descriptors = ()
+        self.descriptors, self.body = (), b""
 
 
 @final
@@ -100,7 +102,8 @@ def pickle_call(function: Callable[..., Any], args: tuple[Any, ...]) -> Payload:
     if by_value:
         body, descriptors = _dump(cloudpickle.Pickler, function, args)
     named = (b"__mp_main__",) if by_value else (b"__main__", b"__mp_main__")
-    tracker_fd = _tracker_fd(needed=b"multiprocessing" in body)
+    shares = b"multiprocessing" in body
+    tracker_fd = _tracker_fd(needed=shares)
     # With a tracker of its own, a worker that is given shared memory by name would remove it at its end (bpo-38119).
     joins = tracker_fd is not None
     return Payload(
@@ -108,6 +111,7 @@ def pickle_call(function: Callable[..., Any], args: tuple[Any, ...]) -> Payload:
         header=_header(main if any(name in body for name in named) else None, joins=joins),
         descriptors=tuple(descriptors),
         tracker_fd=tracker_fd,
+        is_shareable=not descriptors and not shares,
     )
 
 

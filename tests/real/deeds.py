@@ -112,3 +112,53 @@ def attach(name: str) -> None:
     memory = SharedMemory(name)
     (memory.buf or memoryview(b""))[:5] = b"hello"
     memory.close()
+
+
+def come_back_twice(raising: bool) -> str:
+    """Fork, and come back from both processes."""
+    child = os.fork()
+    if child == 0:
+        if raising:
+            raise ValueError("from the child")
+        return "from the child"
+    os.waitpid(child, 0)
+    return "from the worker"
+
+
+def break_hook() -> None:
+    """Fail, with a hook that fails too."""
+
+    def hook(*_: Any) -> None:
+        raise RuntimeError("hook")
+
+    sys.excepthook = hook
+    raise ValueError("original")
+
+
+def close_everything(path: str) -> None:
+    """Close what one did not open, as daemons do, and open a file that gets a number of those."""
+    os.closerange(3, 256)
+    for _ in range(64):
+        os.open(path, os.O_WRONLY | os.O_CREAT)
+
+
+def spin() -> str:
+    """Run on in pure Python until a signal's handler ends it."""
+    import signal
+    import time
+
+    told: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda number, _: told.append(number))
+    say("ready")
+    sys.stdout.flush()
+    tired = time.monotonic() + 10
+    while not told and time.monotonic() < tired:
+        pass
+    return "told" if told else "tired"
+
+
+def lose_streams() -> str:
+    """Return with nothing left to flush."""
+    sys.stdout.close()
+    sys.stdout = sys.stderr = None
+    return "returned"

@@ -401,6 +401,35 @@ async def test_the_failure_is_told_as_it_happens() -> None:
 
 
 @METHODS
+async def test_a_signal_reaches_a_handler_in_the_midst_of_python_code(method: Method) -> None:
+    """Not in a child that another thread than the main one forked, on Python 3.13.0."""
+    async with start(method, deeds.spin, logs_specs=capture()) as ctx:
+        await ready(ctx)
+        ctx.send_signal(signal.SIGUSR1)
+        assert (await ctx.wait()).return_values == {0: "told"}
+
+
+@METHODS
+async def test_odd_functions_are_told_from_their_results(method: Method, tmp_path: Path) -> None:
+    """A child that comes back too is none of the rank, a broken hook hides nothing, a foreign file gets no result."""
+    file, logs = tmp_path / "file", redirect(tmp_path / "logs")
+    does = (
+        (deeds.come_back_twice, (False,)),
+        (deeds.come_back_twice, (True,)),
+        (deeds.break_hook, ()),
+        (deeds.close_everything, (str(file),)),
+        (deeds.lose_streams, ()),
+    )
+    result = await ended(method, deeds.each, does, nprocs=len(does), stop=GOES_ON, logs_specs=logs)
+    assert result.return_values == {0: "from the worker", 1: "from the worker", 4: "returned"}
+    assert Path(result.stderrs[1]).read_text().endswith("ValueError: from the child\n")
+    assert isinstance(result.failures[2].exception, ValueError)
+    assert Path(result.stderrs[2]).read_text().endswith("ValueError: original\n")
+    assert "its result can't be sent" in result.failures[3].tail[-1]
+    assert file.read_bytes() == b""
+
+
+@METHODS
 async def test_callables_of_a_test_body_travel(method: Method) -> None:
     """Decorated functions, partials of bound methods, objects with `__call__`, `async def` with anyio."""
 

@@ -35,6 +35,7 @@ from aelastic._function import (
     Unloadable,
     Value,
 )
+from aelastic._function.function import _pickle_all
 from aelastic._options import WorkerOptions
 from aelastic._process import Command, Process
 from aelastic._spec import check
@@ -573,17 +574,23 @@ async def test_forked_workers_share_what_was_there_at_the_fork(threads: ThreadPo
         assert await ranks.returned() == Value(True)
 
 
-async def test_modules_are_preloaded_once(threads: ThreadPoolExecutor, tmp_path: Path) -> None:
+async def test_modules_are_preloaded_once_and_those_that_cannot_be_are_told(
+    threads: ThreadPoolExecutor, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "preloaded.py").write_text("import os\npid = os.getpid()")
+    (tmp_path / "exits.py").write_text("raise SystemExit(3)")
     code = "import sys, os; value = [sys.modules['preloaded'].pid, os.getppid()]"
     sys.path.insert(0, str(tmp_path))
     try:
-        options = WorkerOptions(forkserver_preload=["preloaded", "no_such_module"])
+        options = WorkerOptions(forkserver_preload=["no_such_module", "exits", "preloaded"])
         async with started("forkserver", threads, tmp_path, evaluate, code, nprocs=2, options=options) as ranks:
             values = [await ranks.returned(rank) for rank in (0, 1)]
             assert isinstance(values[0], Value)
             assert values[0] == values[1]
             assert values[0].value[0] == values[0].value[1]
+        told = capfd.readouterr().err
+        assert "no_such_module can't be imported: ModuleNotFoundError" in told
+        assert "exits can't be imported: SystemExit: 3" in told
     finally:
         sys.path.remove(str(tmp_path))
 
@@ -642,3 +649,30 @@ def test_a_stream_of_chunks_is_read_however_it_is_cut() -> None:
     reader = ChunkReader(read_into)
     assert pickle.load(reader) == ["a", b"b" * 10, {"c": 1.5}]
     reader.finish()
+
+
+async def test_ranks_that_get_the_same_share_one_pickle_which_is_let_go_of(spawn: Start) -> None:
+    data = bytes(100_000)
+    spec = check(
+        "fn",
+        double,
+        {0: (data,), 1: (data,)},
+        None,
+        None,
+        "spawn",
+        duplicate_stdout_filters=None,
+        duplicate_stderr_filters=None,
+        options=None,
+        stop=None,
+    )
+    payloads, _ = _pickle_all(spec, range(2))
+    assert payloads[0].body is payloads[1].body
+    async with spawn(double, data, nprocs=2) as ranks:
+        assert await ranks.returned(1) == Value(data * 2)
+        assert not any(payload.body for payload in ranks.function._payloads.values())
+
+
+async def test_what_an_interpreter_cannot_do_is_in_the_ranks_log(spawn: Start) -> None:
+    async with spawn(double, 1, env={"PYTHONHOME": "/nowhere"}) as ranks:
+        assert await ranks.returned() == NoResult()
+        assert "encodings" in ranks.text("err")
