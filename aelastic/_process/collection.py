@@ -10,6 +10,7 @@ import asyncio
 import os
 import signal
 import subprocess
+import threading
 from asyncio.subprocess import Process as Child
 from collections.abc import Coroutine, Generator
 from typing import Any, final
@@ -17,6 +18,9 @@ from typing import Any, final
 from .._child import procfs
 from .._exit import UNKNOWN_RETURNCODE, ExitStatus
 from . import platform
+
+ONE_FORK = threading.Lock()
+"""uvloop refuses to fork in two threads at once ("racing with another loop"), and then leaves descriptors open."""
 
 
 async def start_collected(argv: tuple[str | bytes, ...], collection: Collection, **settings: Any) -> None:
@@ -65,7 +69,8 @@ class _FirstStep:
         steps = self._start.__await__()
         before = platform.children()
         try:
-            awaited = next(steps)
+            with ONE_FORK:
+                awaited = next(steps)
             newborn = [pid for pid in platform.children() if pid not in before]
             if len(newborn) == 1:
                 self._collection.born(newborn[0], watched=False)

@@ -16,6 +16,7 @@ from .._limits import check_one_start, shortage
 from .._options import WorkerOptions
 from .collection import Collection, start_collected
 from .handle import Process
+from .pace import Pace
 from .trampoline import Confirmation, argv_of, needed_for
 
 ABANDON_SECONDS = 0.2
@@ -124,6 +125,7 @@ async def _spawn(
     pass_fds: tuple[int, ...],
     confirmation: Confirmation | None,
 ) -> Process:
+    await Pace.of_running_loop().start_admitted()
     collection = Collection()
     started_ns = time.monotonic_ns()
     try:

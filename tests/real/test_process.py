@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import os
 import resource
 import signal
@@ -19,6 +20,7 @@ import pytest
 from aelastic._exit import ExitStatus
 from aelastic._limits import check_descriptors
 from aelastic._process import launch, platform, resolve
+from aelastic._process.pace import SLOW_STARTS, STARTS, Pace
 from tests.real import children
 from tests.real.children import NET, child, command, open_ends, python
 
@@ -54,6 +56,24 @@ async def test_many_short_processes_lose_no_exit() -> None:
 
     for start in range(0, 200, 20):
         await asyncio.gather(*(one(code) for code in range(start, start + 20)))
+
+
+async def test_a_turn_of_the_loop_starts_a_few_processes_only_in_the_order_of_asking() -> None:
+    """Hundreds of runs that start at the same moment leave every turn to the host's own work, too."""
+    pace, started = Pace.of_running_loop(), list[int]()
+
+    async def begin(number: int) -> None:
+        await pace.start_admitted()
+        started.append(number)
+
+    tasks = [asyncio.ensure_future(begin(number)) for number in range(10)]
+    most = STARTS if isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop) else SLOW_STARTS
+    counts = [0]
+    while len(started) < len(tasks):
+        await asyncio.sleep(0)
+        counts.append(len(started))
+    assert started == list(range(10))
+    assert max(after - before for before, after in itertools.pairwise(counts)) <= most
 
 
 async def test_signals_and_exits_race_and_nothing_is_lost() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +180,25 @@ async def test_many_starts_at_once() -> None:
     contexts: list[Any] = await asyncio.gather(*(begun(start({0: EXIT_0, 1: EXIT_0})) for _ in range(16)))
     results = await asyncio.gather(*(ctx.wait() for ctx in contexts))
     assert [result.outcome for result in results] == ["succeeded"] * 16
+
+
+def test_loops_in_several_threads_start_at_the_same_time() -> None:
+    """uvloop refuses to fork in two threads at once; runs in loops of their own don't see that."""
+    uvloop = pytest.importorskip("uvloop")
+    outcomes: list[str] = []
+
+    async def starts() -> None:
+        for _ in range(6):
+            async with start(dict.fromkeys(range(2), EXIT_0)) as ctx:
+                outcomes.append((await ctx.wait()).outcome)
+
+    def loop() -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(starts())
+
+    threads = [threading.Thread(target=loop) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes == ["succeeded"] * 18
