@@ -34,11 +34,10 @@ from aelastic._std import Std
 from .lines import NEWLINE, Piece, rest_of
 from .prefix import Prefix
 from .terminal import MOST_PIECES, Terminal, is_terminal, key_of, terminal_of
-from .voice import Voice
+from .voice import STALLED_BYTES, Voice
 
 STALLED_AFTER = 0.25
 """Seconds without progress, while `STALLED_BYTES` wait, after which a console is stalled."""
-STALLED_BYTES = 1 << 20
 QUIET = 0.2
 """Seconds without a byte after which an unfinished line is shown."""
 LONGEST_HOLD = 30.0

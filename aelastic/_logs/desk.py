@@ -1,8 +1,8 @@
 """The desk: short calls that touch the disk, for many files, done together.
 
-A job for a thread costs ten times what a short write does. So what many files ask for at one time, to be opened or
-to be given a few lines, goes in one job. A file that hangs holds up itself only: the jobs take from one queue, and what
-one could not do the next one does.
+A job for a thread, and waking a task when it is done, cost ten times what a short write does. So what many files ask
+for at one time, to be opened or to be given a few lines, goes in one job, and each is told by a plain call. A file that
+hangs holds up itself only: the jobs take from one queue, and while one hangs another goes on with it.
 """
 
 from __future__ import annotations
@@ -18,29 +18,24 @@ from typing import ClassVar, final
 LOOK_EVERY = 0.05
 """Seconds after which the results of a job that goes on are handed out."""
 
+MOST_JOBS = 8
+"""How many jobs are started at the most because others hang."""
+
 
 @final
 @dataclass(slots=True, eq=False)
 class _Errand:
     call: Callable[[], None]
-    done: asyncio.Future[None]
+    tell: Callable[[BaseException | None], None]
     error: BaseException | None = field(default=None)
     finished: bool = False
 
     def run(self) -> None:
         try:
             self.call()
-        except BaseException as error:  # noqa: BLE001  # raised to whoever asked for it
+        except BaseException as error:  # noqa: BLE001  # told to whoever asked for it
             self.error = error
         self.finished = True
-
-    def tell(self) -> None:
-        if self.done.done():
-            return  # its owner gave up
-        if self.error is None:
-            self.done.set_result(None)
-        else:
-            self.done.set_exception(self.error)
 
 
 @final
@@ -49,42 +44,79 @@ class Desk:
 
     _of_executor: ClassVar[weakref.WeakKeyDictionary[Executor, Desk]] = weakref.WeakKeyDictionary()
 
-    def __init__(self) -> None:
+    def __init__(self, executor: Executor) -> None:
+        self._executor = weakref.ref(executor)
         self._asked: deque[_Errand] = deque()
         self._unfinished: list[_Errand] = []
+        self._left_at_last_look = 0
         self._called = False
         self._jobs = 0
+        self._later: dict[float, list[Callable[[], None]]] = {}
 
     @classmethod
     def of(cls, executor: Executor) -> Desk:
         """The desk of an executor, which all files that are written there share."""
         desk = cls._of_executor.get(executor)
         if desk is None:
-            desk = cls._of_executor[executor] = cls()
+            desk = cls._of_executor[executor] = cls(executor)
         return desk
 
-    async def run(self, executor: Executor, call: Callable[[], None]) -> None:
+    def at(self, when: float, ask: Callable[[], None]) -> None:
+        """Call `ask` in the loop at a time of the loop's clock; all that wait for one time have one timer."""
+        if when in self._later:
+            self._later[when].append(ask)
+        else:
+            self._later[when] = [ask]
+            asyncio.get_running_loop().call_at(when, self._due, when)
+
+    def _due(self, when: float) -> None:
+        for ask in self._later.pop(when):
+            ask()
+
+    def ask(self, call: Callable[[], None], tell: Callable[[BaseException | None], None]) -> None:
         """Make a short call on the executor, with whatever else is asked for in this turn of the loop.
 
-        Raises:
-            BaseException: what the call raised.
+        Args:
+            call: what to do there.
+            tell: called in the loop, with what the call raised.
         """
-        loop = asyncio.get_running_loop()
-        errand = _Errand(call, loop.create_future())
+        errand = _Errand(call, tell)
         self._asked.append(errand)
         self._unfinished.append(errand)
         if not self._called:
             self._called = True
-            loop.call_soon(self._start, executor)
-        await errand.done
+            asyncio.get_running_loop().call_soon(self._start)
 
-    def _start(self, executor: Executor) -> None:
+    async def run(self, call: Callable[[], None]) -> None:
+        """The same, waited for.
+
+        Raises:
+            BaseException: what the call raised.
+        """
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def tell(error: BaseException | None) -> None:
+            if done.done():
+                return  # whoever asked gave up
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(error)
+
+        self.ask(call, tell)
+        await done
+
+    def _start(self) -> None:
         self._called = False
-        loop = asyncio.get_running_loop()
-        self._jobs += 1
-        loop.run_in_executor(executor, self._work).add_done_callback(self._job_done)
+        self._start_job()
         if self._jobs == 1:
-            loop.call_later(LOOK_EVERY, self._look)
+            asyncio.get_running_loop().call_later(LOOK_EVERY, self._look)
+
+    def _start_job(self) -> None:
+        if (executor := self._executor()) is not None:
+            self._jobs += 1
+            job = asyncio.get_running_loop().run_in_executor(executor, self._work)
+            job.add_done_callback(self._job_done)
 
     def _work(self) -> None:
         while self._asked:
@@ -101,11 +133,17 @@ class Desk:
 
     def _look(self) -> None:
         self._hand_out()
+        if self._asked and len(self._asked) == self._left_at_last_look and self._jobs < MOST_JOBS:
+            self._start_job()  # a file hangs: those behind it go on without it
+        self._left_at_last_look = len(self._asked)
         if self._jobs:
             asyncio.get_running_loop().call_later(LOOK_EVERY, self._look)
 
     def _hand_out(self) -> None:
-        finished = [errand for errand in self._unfinished if errand.finished]
-        self._unfinished = [errand for errand in self._unfinished if not errand.finished]
+        finished: list[_Errand] = []
+        unfinished: list[_Errand] = []
+        for errand in self._unfinished:  # asked once each: a thread may finish one meanwhile
+            (finished if errand.finished else unfinished).append(errand)
+        self._unfinished = unfinished
         for errand in finished:
-            errand.tell()
+            errand.tell(errand.error)

@@ -1,9 +1,15 @@
 """The file sink: what one stream's file is given, in order, without ever making its giver wait.
 
-Writes go through aiofiles on the run's own executor, one at a time for each file; short ones wait up to a quarter of a
-second for company and go together (`desk`). A disk that fails is tried again,
-with growing pauses, for a second; what is lost after that is counted, and announced once until the disk works again.
-`Journal` is the same sink for a run's events.
+Every write runs on the run's own executor, one at a time for each file, by one of two ways:
+
+- aiofiles: batches of 64 KiB and more, and all that a disk refused. The writer's task awaits each as a job of its own,
+  so that a stream at full speed has a thread to itself.
+- The desk (`desk`): opening, closing, and batches of less than 64 KiB, which wait up to half a second for
+  company. Those of all files go in one job: with many chatty workers a job, a future and the waking of a task for each
+  cost ten times the write. Nothing is awaited on this way; what fails there is handed to the writer's task.
+
+A disk that fails is tried again, with growing pauses, for a second; what is lost after that is counted, and announced
+once until the disk works again.
 """
 
 from __future__ import annotations
@@ -28,15 +34,13 @@ BATCH_CHUNKS = 256
 GRACE = 1.0
 """Seconds for which a failing file is tried again before anything is given up."""
 SMALL_BYTES = 1 << 16
-SMALL_EVERY = 0.25
+SMALL_EVERY = 0.5
 """Seconds between two writes of less than 64 KiB to one file; the first after a quiet time is made at once."""
 FIRST_PAUSE = 0.02
 LONGEST_PAUSE = 1.0
 GIVEN_UP_AFTER = 5.0
 """Seconds that closing waits for a disk that doesn't answer."""
 COMPRESSED_WITHIN = 60.0
-JOURNAL_BYTES = 8 << 20
-"""How many bytes of events wait for a disk that fails; a working one may take its time."""
 
 Lost = Callable[[int, str], None]
 """Is told how many bytes were lost so far, and why."""
@@ -76,13 +80,24 @@ class FileSink:
         self._on_broken = on_broken
         self._pending: list[tuple[bytes, int]] = []
         self._pending_bytes = 0
+        self._writing: Batch = ()
+        """What is on its way to the disk, or was refused there."""
         self._writing_bytes = 0
+        self._at_desk = False
+        """Whether the desk has an errand for this file, be it to open it."""
+        self._idle = False
+        """Whether the task waits for work."""
+        self._taken_before = 0
+        """What the file had taken when that was begun."""
+        self._refused: BaseException | None = None
+        """What came of the last errand."""
         self._failing_since: float | None = None
         self._reason = ""
         self._announced = False
         self._finishing = False
         self._next_small = 0.0
         """When the next write of less than 64 KiB may begin, on the loop's clock."""
+        self._desk = Desk.of(executor)
         self._waker: asyncio.Future[None] | None = None
         self._task: ServiceTask[None] | None = None
         self.opened: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
@@ -109,6 +124,7 @@ class FileSink:
 
     def start(self) -> None:
         """Open the file and begin to write, in the running loop; see `opened`."""
+        self._at_desk = True
         self._task = service(self._run(), name=f"writer of {self.path}")
         self._task.add_done_callback(self._ended)
 
@@ -125,7 +141,33 @@ class FileSink:
             return
         self._pending.append((data, at_ns))
         self._pending_bytes += len(data)
-        if self._failing_since is None and (len(self._pending) == 1 or self._pending_bytes >= SMALL_BYTES):
+        if self._idle and self._has_work:
+            self._wake()
+        elif len(self._pending) == 1 and not self._writing_bytes and self._failing_since is None:
+            self._ask_desk()
+
+    def _ask_desk(self) -> None:
+        """Let a small batch be written as soon as it may."""
+        if self._finishing or asyncio.get_running_loop().time() >= self._next_small:
+            self._write_small()
+        else:
+            self._desk.at(self._next_small, self._write_small)
+
+    def _write_small(self) -> None:
+        if self._at_desk or self._writing_bytes or not self._pending or self._has_work:
+            return  # the task does it, or did it already
+        self._take()
+        self._at_desk = True
+        self._desk.ask(functools.partial(self._file.writelines, self._writing), self._small_written)
+
+    def _small_written(self, error: BaseException | None) -> None:
+        self._at_desk = False
+        if self._task is None or self._task.done():
+            return  # the disk was given up meanwhile
+        if error is None:
+            self._batch_written()
+        else:
+            self._refused = error
             self._wake()
 
     async def finish(self) -> None:
@@ -134,9 +176,9 @@ class FileSink:
         A disk that doesn't answer for 5 s is given up: what it holds is counted as lost.
         """
         self._finishing = True
-        self._wake()
         if self._task is None:
             return
+        self._look_for_more()
         if not await self._written():
             self._file.give_up()
             # Not our own cancel(), which asks the owner: we are the owner, and the thread that hangs stays behind.
@@ -166,72 +208,102 @@ class FileSink:
         disk: Any = AsyncFileIO(file, asyncio.get_running_loop(), self._executor)
         try:
             self.opened.set_result(await self._open())
-            while self._pending or not self._finishing:
-                if not self._pending:
-                    await self._pause(None)
-                elif (rest := self._too_soon()) > 0:
-                    await self._pause(rest)
+            self._look_for_more()
+            while self._pending or self._at_desk or self._refused is not None or not self._finishing:
+                if self._refused is not None:
+                    refused, self._refused = self._refused, None
+                    await self._insist(disk, refused)
+                elif self._has_work and not self._at_desk:
+                    await self._write(disk)
                 else:
-                    await self._write(disk, self._taken())
+                    await self._rest()
         except Exception:  # a bug of ours; a cancellation is none, it leaves the file to the thread that hangs
-            await disk.close()
+            await self._desk.run(self._file.close)
             raise
-        await disk.close()
+        await self._desk.run(self._file.close)
         self._count_deleted()
 
     async def _open(self) -> OSError | None:
         try:
-            await Desk.of(self._executor).run(self._executor, self._file.open)
+            await self._desk.run(self._file.open)
         except OSError as error:
             return error
+        finally:
+            self._at_desk = False
         return None
 
-    def _too_soon(self) -> float:
-        """Seconds to wait for more, so that a stream of short lines isn't one job for each line."""
-        if self._finishing or self._pending_bytes >= SMALL_BYTES:
-            return 0.0
-        return self._next_small - asyncio.get_running_loop().time()
+    @property
+    def _has_work(self) -> bool:
+        """Whether the task is to write what waits, rather than the desk."""
+        return self._pending_bytes >= SMALL_BYTES or (bool(self._pending) and self._failing_since is not None)
 
-    def _taken(self) -> Batch:
-        batch, self._pending = self._pending[:BATCH_CHUNKS], self._pending[BATCH_CHUNKS:]
-        self._writing_bytes = sum(len(data) for data, _ in batch)
+    def _take(self) -> None:
+        self._writing, self._pending = self._pending[:BATCH_CHUNKS], self._pending[BATCH_CHUNKS:]
+        self._writing_bytes = _size(self._writing)
         self._pending_bytes -= self._writing_bytes
-        return batch
+        self._taken_before = self._file.taken_bytes
 
-    async def _write(self, disk: Any, batch: Batch) -> None:
+    async def _write(self, disk: Any) -> None:
+        self._take()
+        try:
+            await disk.writelines(self._writing)
+        except OSError as error:
+            await self._insist(disk, error)
+        else:
+            self._batch_written()
+
+    async def _insist(self, disk: Any, refused: BaseException) -> None:
+        """Try what is left of a batch again, until it is written or patience is at its end.
+
+        Raises:
+            BaseException: what was refused, if it is no error of the disk's.
+        """
         pause = FIRST_PAUSE
-        while batch:
-            before = self._file.taken_bytes
+        while self._is_to_be_tried_again(refused):
+            await self._pause(pause)
+            pause = min(pause * 2, LONGEST_PAUSE)
             try:
-                if self._writing_bytes < SMALL_BYTES:
-                    await Desk.of(self._executor).run(self._executor, functools.partial(self._file.writelines, batch))
-                else:
-                    await disk.writelines(batch)
+                await disk.writelines(self._writing)
             except OSError as error:
-                moved = self._file.taken_bytes - before
-                batch = _rest_of(batch, moved)
-                self._failed(error, moved=bool(moved))
-                if self._out_of_patience(error):
-                    self._lose(_size(batch))
-                    break
-                await self._pause(pause)
-                pause = min(pause * 2, LONGEST_PAUSE)
+                refused = error
             else:
-                self._failing_since, self._announced = None, False
-                break
-            finally:
-                self._count_deleted()
-        self._written_batch()
-        if self._announced and not self._finishing:
+                self._batch_written()
+                return
+        self._lose(self._writing_bytes)
+        self._batch_over()
+        if not self._finishing:
             await self._pause(LONGEST_PAUSE)
 
-    def _written_batch(self) -> None:
-        # At full quarters of a second, so that all files are written at the same time and by one job.
+    def _is_to_be_tried_again(self, refused: BaseException) -> bool:
+        if not isinstance(refused, OSError):
+            raise refused
+        self._count_deleted()
+        moved = self._file.taken_bytes - self._taken_before
+        self._taken_before += moved
+        self._writing = _rest_of(self._writing, moved)
+        self._writing_bytes = _size(self._writing)
+        self._failed(refused, moved=bool(moved))
+        return not self._out_of_patience(refused)
+
+    def _batch_written(self) -> None:
+        self._failing_since, self._announced = None, False
+        self._count_deleted()
+        self._batch_over()
+
+    def _batch_over(self) -> None:
+        # At full halves of a second, so that all files are written at the same time and by one job.
         self._next_small = (asyncio.get_running_loop().time() // SMALL_EVERY + 1) * SMALL_EVERY
         was_full = self.full
-        self._writing_bytes = 0
+        self._writing, self._writing_bytes = (), 0
         if was_full:
             self._on_room()
+        self._look_for_more()
+
+    def _look_for_more(self) -> None:
+        if self._pending and not self._has_work:
+            self._ask_desk()
+        elif self._pending or self._finishing:
+            self._wake()
 
     def _failed(self, error: OSError, *, moved: bool) -> None:
         self._reason = f"{self.path}: {error.strerror or error}"
@@ -262,16 +334,27 @@ class FileSink:
     def _give_up(self, reason: str) -> None:
         self._reason = reason
         count = self._pending_bytes + self._writing_bytes
+        if self._writing_bytes:
+            count -= self._file.taken_bytes - self._taken_before
         self._pending, self._pending_bytes, self._writing_bytes = [], 0, 0
         self._lose(count)
 
-    async def _pause(self, seconds: float | None) -> None:
-        """Wait for something to do, or for a while; the end of the stream cuts it short."""
+    async def _rest(self) -> None:
+        """Wait for work."""
+        self._waker, self._idle = asyncio.get_running_loop().create_future(), True
+        try:
+            await self._waker
+        finally:
+            self._idle = False
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait for a while; the end of the stream cuts it short."""
         loop = asyncio.get_running_loop()
         self._waker = loop.create_future()
-        timer = None if seconds is None else loop.call_later(seconds, self._wake)
-        await self._waker
-        if timer is not None:
+        timer = loop.call_later(seconds, self._wake)
+        try:
+            await self._waker
+        finally:
             timer.cancel()
 
     def _wake(self) -> None:
@@ -289,58 +372,3 @@ def _rest_of(batch: Batch, written: int) -> Batch:
             return [(data[written:], at_ns), *batch[index + 1 :]]
         written -= len(data)
     return []
-
-
-@final
-class Journal:
-    """A run's events on disk, a line each: appended in order, never waited for, flushed when it is closed."""
-
-    def __init__(self, path: str, *, executor: Executor, on_lost: Lost | None = None) -> None:
-        self._error: BaseException | None = None
-        self._sink = FileSink(
-            path,
-            executor=executor,
-            buffer_bytes=JOURNAL_BYTES,
-            on_lost=on_lost or (lambda _count, _reason: None),
-            on_room=lambda: None,
-            on_broken=self._broken,
-        )
-
-    @classmethod
-    async def open(cls, path: str, *, executor: Executor, on_lost: Lost | None = None) -> Journal:
-        """Open a journal, made if missing.
-
-        Args:
-            on_lost: told once when events begin to be lost; the total is in `lost_bytes`.
-
-        Raises:
-            OSError: naming the path.
-        """
-        journal = cls(path, executor=executor, on_lost=on_lost)
-        journal._sink.start()
-        if (error := await journal._sink.opened) is not None:
-            await journal.close()
-            raise error
-        return journal
-
-    @property
-    def lost_bytes(self) -> int:
-        """What could not be written."""
-        return self._sink.lost_bytes
-
-    def append(self, line: bytes) -> None:
-        """Add a line with its newline; never blocks."""
-        self._sink.put(line, time.time_ns())
-
-    async def close(self) -> None:
-        """Write what waits and close the file; bounded, idempotent.
-
-        Raises:
-            BaseException: an error of our own that ended the writing.
-        """
-        await self._sink.finish()
-        if self._error is not None:
-            raise self._error
-
-    def _broken(self, error: BaseException) -> None:
-        self._error = error

@@ -41,12 +41,14 @@ class HubStream:
         """Called when `full` is worth another look."""
         self._hub = hub
         self._released = False
+        self._has_readers = False
+        """Whether there may be some: asking those that may vanish costs more."""
         self._readers: weakref.WeakKeyDictionary[Lines, Cursor] = weakref.WeakKeyDictionary()
 
     @property
     def full(self) -> bool:
         """Whether a lossless reader is too far behind to read on."""
-        if not self._readers or self._released:
+        if not self._has_readers or self._released:
             return False
         return self.tail.size - self._needed_from >= UNREAD_BYTES
 
@@ -60,12 +62,13 @@ class HubStream:
         """Take a chunk in which `lines` lines end, read at `at_ns` (since the epoch) and `now` (the loop's clock)."""
         self.last_at = now
         self.tail.append(data, lines, at_ns)
-        if not self._readers:
+        if not self._has_readers:
             self.tail.trim(TAIL_BYTES, TAIL_LINES)
             return
         keep_from = self._needed_from if self.tail.kept_bytes < LOSSLESS_BYTES else None
         self.tail.trim(WINDOW_BYTES, WINDOW_LINES, keep_from)
         self._wake_readers()
+        self._has_readers = bool(self._readers)
 
     def release(self) -> None:
         """Let lossless readers hold this stream back no more: its worker has ended, or is being stopped."""
@@ -87,6 +90,7 @@ class HubStream:
         Args:
             live: begin at the unfinished line rather than with the oldest line kept.
         """
+        self._has_readers = True
         cursor = self._readers[reader] = Cursor(self.tail, live=live)
         reader.has_more(self, cursor)
 

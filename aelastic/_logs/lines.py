@@ -62,12 +62,12 @@ class Prefixed:
             self.held.append(shown)
             self.held_bytes += len(shown)
             return 0
-        cut = shown.rfind(NEWLINE) + 1
+        cut = len(shown) - len(self.prefix) if chunk.endswith(NEWLINE) else shown.rfind(NEWLINE) + 1
         self._whole += self.held
         self._whole.append(memoryview(shown)[:cut])
         self.whole_bytes += self.held_bytes + cut
         self.whole_lines += lines
-        self._hold([shown[cut:]], bare_bytes=len(self.prefix))
+        self._hold(shown[cut:])
         return lines
 
     def take(self) -> list[Piece]:
@@ -86,18 +86,19 @@ class Prefixed:
 
     def forget(self) -> None:
         """Drop the unfinished line; what follows is taken for a line of its own."""
-        self._hold([self.prefix], bare_bytes=len(self.prefix))
+        self._hold(self.prefix)
 
     def take_unfinished(self) -> list[Piece]:
         """Hand over the beginning of a line that is too long to be held; what follows continues it."""
-        held = self.held
-        self._hold([], bare_bytes=-1)
+        held, self.held = self.held, []
+        self.held_bytes, self._bare_bytes = 0, -1
         return held
 
-    def _hold(self, pieces: list[Piece], *, bare_bytes: int) -> None:
-        self.held = [piece for piece in pieces if piece]
-        self.held_bytes = sum(map(len, self.held))
-        self._bare_bytes = bare_bytes
+    def _hold(self, begun: bytes) -> None:
+        """Begin a line, of which perhaps only the prefix is there."""
+        self.held = [begun] if begun else []
+        self.held_bytes = len(begun)
+        self._bare_bytes = len(self.prefix)
 
 
 @final

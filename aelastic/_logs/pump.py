@@ -17,7 +17,7 @@ from .hub import HubStream
 from .lines import NEWLINE, Matching
 from .pipes import OutputPipe
 from .prefix import Prefix
-from .turns import TURN, Turns
+from .turns import TICK, TURN, Turns
 from .voice import Voice
 
 CHUNK_BYTES = 1 << 16
@@ -69,6 +69,7 @@ class Pump:
         self._matching = matching
         self._prefix = prefix
         self._filtered = filtered
+        self._sinks = [sink for sink in (file, filtered, stream, voice) if sink is not None]
         self._on_broken = on_broken
         self._loop = loop
         self._turns = Turns.of_running_loop()
@@ -76,6 +77,8 @@ class Pump:
         self._looked_at = False
         """Whether it is read with every tick instead of being waited for."""
         self._idle_looks = 0
+        self._woken_at = 0.0
+        """When it was last waited for and little came, on the loop's clock."""
         self._draining = False
         self._paused = False
         self._quiet_timer: asyncio.TimerHandle | None = None
@@ -117,8 +120,8 @@ class Pump:
 
     def _blocker(self) -> FileSink | HubStream | Voice | None:
         """Who can take no more for now."""
-        for sink in (self.file, self._filtered, self.stream, self._voice):
-            if sink is not None and sink.full:
+        for sink in self._sinks:
+            if sink.full:
                 return sink
         return None
 
@@ -179,8 +182,8 @@ class Pump:
                 self._unlisten()
                 self._listen()
         elif size and self._listening and not self._draining:
-            self._turns.count_small_read(self, now)
-            if self._turns.crowded:
+            soon, self._woken_at = now - self._woken_at < TICK, now
+            if soon and self._turns.woken_again(self, now):
                 self._unlisten()
                 self._looked_at, self._idle_looks = True, 0
                 self._turns.look_at(self)

@@ -2,8 +2,9 @@
 
 Stalls add up over all that is ready in one iteration of a loop, so a bound for each stream alone is not enough.
 
-Waking up for every line costs more than reading it. So while more than a thousand small reads a second are made of
-several streams, those that write all the time are not waited for one by one but looked at together, ten times a second.
+Waking up for every line costs more than reading it. So a stream that wakes the loop for a little again and again, with
+less than an eighth of a second between, is no longer waited for but looked at every eighth of a second, together with
+the others of its kind: from when they wake the loop a thousand times a second on, as long as there are several of them.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ ITERATION = 0.004
 """Seconds of one iteration of the loop that reading may take, give or take a chunk."""
 TURN = 0.002
 """Seconds of one stream's turn."""
-TICK = 0.1
+TICK = 0.125
 """Seconds between two looks at streams that write all the time."""
 WINDOW = 0.1
 CROWDED = 100
-"""Small reads in a window from which on it pays to look at streams together."""
+"""Wake-ups in a window, each soon after the stream's last one, from which on streams are looked at together."""
 SEVERAL = 8
-"""Streams for which it pays."""
+"""So many streams must be looked at together, or none is."""
 
 
 class Reader(Protocol):
@@ -53,10 +54,8 @@ class Turns:
         self._looked_at: set[Reader] = set()
         self._ticking = False
         self._window_ends = 0.0
-        self._small_reads = 0
-        self._small_readers: set[Reader] = set()
-        self.crowded = False
-        """Whether of late it would have paid to look at streams together."""
+        self._wakes = 0
+        self._woken: set[Reader] = set()
 
     @classmethod
     def of_running_loop(cls) -> Turns:
@@ -87,16 +86,21 @@ class Turns:
         """Whether enough streams are looked at to go on with it."""
         return len(self._looked_at) >= SEVERAL
 
-    def count_small_read(self, reader: Reader, now: float) -> None:
-        """Take note of a wake-up that was hardly worth it, at `now` on the loop's clock."""
-        self._small_reads += 1
-        self._small_readers.add(reader)
+    def woken_again(self, reader: Reader, now: float) -> bool:
+        """Take note of a wake-up for little, soon after the stream's last one, at `now` on the loop's clock.
+
+        Returns:
+            Whether the stream should rather be looked at.
+        """
+        if self.pays:
+            return True
         if now >= self._window_ends:
-            many = self._small_reads > CROWDED and len(self._small_readers) >= SEVERAL
-            self.crowded = many and now < self._window_ends + WINDOW
-            self._small_reads = 0
-            self._small_readers.clear()
+            self._wakes = 0
+            self._woken.clear()
             self._window_ends = now + WINDOW
+        self._wakes += 1
+        self._woken.add(reader)
+        return self._wakes > CROWDED and len(self._woken) >= SEVERAL
 
     def look_at(self, reader: Reader) -> None:
         """Give a stream a turn with every tick, until it is left alone."""

@@ -140,6 +140,30 @@ async def test_each_time_output_is_lost_it_is_told(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "out.log").read_bytes() == b"kept1kept2"
 
 
+async def test_a_disk_that_works_again_is_written_to_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a loss and a long silence the next byte is tried, however small: it doesn't wait for the end."""
+    monkeypatch.setattr(files_file, "GRACE", 0.05)
+    monkeypatch.setattr(files_file, "LONGEST_PAUSE", 0.05)
+    broken = threading.Event()
+    real = os.writev
+
+    def failing(fd: int, pieces: Sequence[bytes]) -> int:
+        if broken.is_set():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, pieces)
+
+    monkeypatch.setattr(os, "writev", failing)
+    broken.set()
+    async with opened(tmp_path / "out.log") as watched:
+        watched.sink.put(b"lost", 0)
+        await until(lambda: watched.lost)
+        await until(lambda: watched.sink._idle)
+        broken.clear()
+        watched.sink.put(b"kept", 0)
+        await until(lambda: (tmp_path / "out.log").read_bytes() == b"kept")
+    assert watched.sink.lost_bytes == 4
+
+
 async def test_a_deleted_file_is_told_and_made_anew(tmp_path: Path) -> None:
     """What was in a file that somebody deletes is counted as lost; what comes after is in a new one."""
     path = tmp_path / "out.log"
