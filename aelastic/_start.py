@@ -48,7 +48,8 @@ def start_processes(
         logs_specs: where output goes, such as `DefaultLogsSpecs(tee=Std.ALL)`; None inherits both streams.
         log_line_prefixes: by rank, for lines on the console; `LogsDest.prefix`, by default `[{name}{rank}]:`, where
             nothing is given.
-        start_method: how a function's worker is made; a command doesn't care.
+        start_method: how a function's worker is made: a fresh interpreter (`"spawn"`), a fork of a server of the run's
+            own (`"forkserver"`) or of this process (`"fork"`); the README says what differs. A command doesn't care.
         duplicate_stdout_filters: lines of tee'd stdout that hold any of these also go to one file for all ranks.
         duplicate_stderr_filters: the same for stderr.
         options: what is in force in every worker before its first instruction.
