@@ -299,6 +299,8 @@ class Gang:
         self._contagion.end()
         if self._outputs is not None:
             self._outputs.release()  # no reader holds a worker back any more
+        if self._function is not None:
+            self._function.hasten()
         dues = schedule(self._steps, self._loop.time())
         for worker in self.workers.values():
             worker.stop(dues, cause, why)

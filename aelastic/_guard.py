@@ -39,6 +39,9 @@ RESTART_SECONDS = 1.0
 END_SECONDS = 5.0
 """How long the end of a guard is awaited at the most."""
 
+SERVER = -1
+"""In the place of a rank: the fork server, which is none of them."""
+
 OnLost = Callable[[int, str], None]
 
 

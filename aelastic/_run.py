@@ -21,7 +21,7 @@ from ._conditions import Question
 from ._ending import Cause
 from ._events import Event, GuardLost, RestartScheduled, RunFinished, RunStarted, UsageSampled
 from ._function import ForkServer
-from ._guard import watch
+from ._guard import SERVER, watch
 from ._health import Ward
 from ._limits import as_start_error
 from ._logs import Console, InheritLogsSpecs, Journal, LineHub, Lines, LogsSpecs, Plans, Route, plan
@@ -204,7 +204,11 @@ class Run:
         stack.callback(tree.close)
         self.ward = ward = self._open_ward(tree)
         stack.push_async_callback(ward.close)
-        server = ForkServer(self.spec.name, self.spec.options)
+        server = ForkServer(
+            self.spec.name,
+            self.spec.options,
+            on_started=lambda process: watched.worker(SERVER, process.pid, process.held_ticks),
+        )
         stack.push_async_callback(server.close)
         console = Console()
         stack.callback(console.close)

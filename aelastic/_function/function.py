@@ -47,6 +47,7 @@ class Function:
         self._calls: dict[int, CallPipe] = {}
         self._results = {rank: ResultChannel(spec.who(rank)) for rank in ranks}
         self._server = server
+        self._hurry: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.returned: dict[int, asyncio.Future[Returned]] = {
             rank: result.returned for rank, result in self._results.items()
         }
@@ -113,7 +114,7 @@ class Function:
         streams = (bare.stdin, bare.stdout, bare.stderr)
         fds = (*streams, call.child_fd, result.child_fd, confirmation.child_fd, *payload.shared)
         try:
-            process = await self._server.fork(bare, fds, confirmation)
+            process = await self._server.fork(bare, fds, confirmation, self._hurry)
         except BaseException:
             confirmation.close()
             raise
@@ -121,6 +122,11 @@ class Function:
         payload.close()
         call.started()
         return process
+
+    def hasten(self) -> None:
+        """Wait for no start much longer, because the run stops; idempotent."""
+        if not self._hurry.done():
+            self._hurry.set_result(None)
 
     async def close(self) -> None:
         """Give up what has not arrived; every `returned` is resolved after it. Idempotent, bounded."""

@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import final
 
@@ -27,10 +27,11 @@ from aelastic._exit import ExitStatus
 from aelastic._limits import shortage
 from aelastic._options import WorkerOptions
 from aelastic._process import Command, Confirmation, Process, launch
+from aelastic._tasks import first_of
 
 BOOTSTRAP = str(Path(mainmodule.__file__).with_name("bootstrap.py"))
 CLOSE_SECONDS = 1.0
-"""How long a server that was told to end is given before it is killed."""
+"""How long a server that was told to end, or is asked while the run stops, is given before it is killed."""
 
 
 @final
@@ -80,11 +81,14 @@ class ForkServer:
     Args:
         who: names the run in error texts.
         options: `forkserver_preload` and `pass_fds` are the server's.
+        on_started: told of each server, so that the guard can know of it: one that is stuck in what it preloads would
+            outlive us.
     """
 
-    def __init__(self, who: str, options: WorkerOptions) -> None:
+    def __init__(self, who: str, options: WorkerOptions, on_started: Callable[[Process], None]) -> None:
         self._who = f"{who}'s fork server"
         self._options = options
+        self._on_started = on_started
         self._starting = asyncio.Lock()
         self._socket: socket.socket | None = None
         self._process: Process | None = None
@@ -113,6 +117,7 @@ class ForkServer:
             ours.setblocking(False)  # noqa: FBT003  # positional only
             settings = json.dumps({"sys_path": sys.path, "preload": list(self._options.forkserver_preload)})
             self._process = await self._launch(program, env, theirs, settings)
+            self._on_started(self._process)
         except BaseException:
             close_socket(ours)
             raise
@@ -143,11 +148,14 @@ class ForkServer:
         finally:
             os.close(null)
 
-    async def fork(self, command: Command, fds: tuple[int, ...], confirmation: Confirmation) -> Process:
+    async def fork(
+        self, command: Command, fds: tuple[int, ...], confirmation: Confirmation, hurry: asyncio.Future[None]
+    ) -> Process:
         """Have a worker forked.
 
         Args:
             fds: in the order that `aelastic._child.forkserver` gives them.
+            hurry: done when the run is to stop: a server that doesn't answer soon after that is killed.
 
         Raises:
             OSError: naming run and rank, if the server can't.
@@ -159,7 +167,7 @@ class ForkServer:
         self._asked.append(answer)
         try:
             self._send(fds)
-            await asyncio.wait({answer})
+            await self._answered(answer, hurry)
             child = answer.result()
         except OSError as error:
             what = shortage(error.errno or 0) or error.strerror
@@ -167,6 +175,15 @@ class ForkServer:
         process = Process(child, started_ns, confirmation, command.cgroup)
         process.exited.add_done_callback(lambda _: child.ended(None))
         return process
+
+    async def _answered(self, answer: asyncio.Future[ServedChild], hurry: asyncio.Future[None]) -> None:
+        await first_of(answer, hurry)
+        await asyncio.wait({answer}, timeout=CLOSE_SECONDS)
+        if not answer.done() and self._process is not None:
+            self._process.signal_group(signal.SIGKILL)  # the end of its socket answers then
+            await asyncio.wait({answer}, timeout=CLOSE_SECONDS)
+        if not answer.done():  # a child of its, out of its group, holds the socket
+            self._lost()
 
     @property
     def _pid(self) -> int:

@@ -118,7 +118,7 @@ async def started(
         stop=None,
     )
     processes: dict[int, Process] = {}
-    server = ForkServer("fn", spec.options)
+    server = ForkServer("fn", spec.options, on_started=lambda process: None)
     function = await Function.prepare(spec, range(nprocs), threads, server)
     try:
         for rank in range(nprocs):

@@ -25,6 +25,7 @@ from aelastic import GuardLost, StopPolicy, start_processes
 from aelastic._child import procfs
 from aelastic._guard import Watch, watch
 from tests import leaks
+from tests.real.children import process_of_pid
 from tests.ways_to_die import PYTHON
 from tests.zoo import DEAF_CHILD, OBEDIENT, OWN_SESSION
 
@@ -457,3 +458,19 @@ async def test_a_pid_that_came_to_mean_another_is_not_hit() -> None:
     assert procfs.started_ticks(stranger.pid) == started
     stranger.kill()
     await stranger.wait()
+
+
+@pytest.mark.parametrize("policy", ["stop", "kill"])
+async def test_a_stranger_that_got_the_number_of_a_worker_lives(policy: str) -> None:
+    """A pid that is reused for real, by the leader of a session and group of that number; the others are ended."""
+    source = '[ "$AELASTIC_RANK" = 1 ] && { echo alive; exec sleep 600; }; echo $$'
+    async with supervisor(("sh", "-c", source), ranks=2, stop={"on_supervisor_death": policy}) as zoo:
+        said = [(await zoo.reader.readline()).decode().strip() for _ in range(2)]
+        (freed,) = [int(line) for line in said if line.isdecimal()]
+        while os.path.exists(f"/proc/{freed}"):
+            await asyncio.sleep(0.002)
+        with process_of_pid(freed) as stranger:
+            assert os.getsid(stranger) == freed
+            assert await zoo.gone() < GRACE + BOUND
+            await guards_gone(zoo.process.pid)
+            assert os.waitpid(stranger, os.WNOHANG) == (0, 0)

@@ -9,6 +9,8 @@ import asyncio
 import itertools
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from aelastic import PContext, Starting, WorkerExited
+from aelastic import PContext, Starting, WorkerExited, WorkerOptions, start_processes
 from tests import matrix
 from tests.conftest import LOOPS
 from tests.real.zookeeper import GRACE, LEAVING, METHODS, POLICY, Method, Zoo, start
@@ -180,6 +182,63 @@ def test_kill_asks_nobody(loop: str) -> None:
     zoo = Zoo()
     try:
         killed_by(signal.SIGKILL, "command", zoo, loop, on_supervisor_death="kill", orphan_grace=60.0)
+    finally:
+        zoo.close()
+
+
+STUCK = "import os, time; os.write(int(os.environ['ZOO_PIPE']), b'alive\\n'); time.sleep(600)\n"
+"""A module whose import never ends."""
+ASKS_THE_STUCK = """
+import asyncio, sys
+from aelastic import StopPolicy, WorkerOptions, start_processes
+folder, pipe, grace = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+sys.path.insert(0, folder)
+async def main():
+    options = WorkerOptions(pass_fds=(pipe,), forkserver_preload=("stuck_module",))
+    stop, envs = StopPolicy(orphan_grace=grace), {0: {"ZOO_PIPE": str(pipe)}}
+    await start_processes("stuck", print, {0: ()}, envs, start_method="forkserver", options=options, stop=stop)
+asyncio.run(main())
+"""
+
+
+async def test_a_start_that_waits_for_a_stuck_fork_server_can_be_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server is killed when it doesn't answer; regression: the start waited for it for ever."""
+    (tmp_path / "stuck_module.py").write_text(STUCK)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("aelastic._function.server.CLOSE_SECONDS", 0.2)
+    zoo = Zoo()
+    try:
+        options = WorkerOptions(pass_fds=(zoo.pipe,), forkserver_preload=("stuck_module",))
+        envs = {0: {"ZOO_PIPE": str(zoo.pipe)}}
+        starting = asyncio.ensure_future(
+            begun(start_processes("stuck", print, {0: ()}, envs, start_method="forkserver", options=options))
+        )
+        await asyncio.to_thread(zoo.stands, 1)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(starting, 20)
+        zoo.handed_over()
+        assert zoo.is_gone()
+    finally:
+        zoo.close()
+
+
+def test_a_stuck_fork_server_goes_with_its_supervisor(tmp_path: Path) -> None:
+    """It doesn't see the end of its socket; regression: the guard didn't know of it."""
+    (tmp_path / "stuck_module.py").write_text(STUCK)
+    zoo = Zoo()
+    try:
+        words = (str(tmp_path), str(zoo.pipe), str(GRACE))
+        keeper = subprocess.Popen(
+            [sys.executable, "-c", ASKS_THE_STUCK, *words], pass_fds=(zoo.pipe,), cwd=Path(__file__).parents[2]
+        )
+        zoo.handed_over()
+        zoo.stands(1)
+        keeper.kill()
+        keeper.wait()
+        assert zoo.is_gone(AFTER_DEATH)
     finally:
         zoo.close()
 
