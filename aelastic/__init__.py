@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from ._events import AttemptStarted as AttemptStarted
     from ._events import Event as Event
     from ._events import GuardLost as GuardLost
+    from ._events import JournalLost as JournalLost
     from ._events import OutputHeld as OutputHeld
     from ._events import OutputLost as OutputLost
     from ._events import RestartScheduled as RestartScheduled
@@ -92,9 +93,9 @@ _HOMES = {
     "_conditions": "HealthPolicy HttpGet LinePattern Notify TcpPort",
     "_context": "MultiprocessContext PContext Starting SubprocessContext",
     "_events": (
-        "AttemptFinished AttemptStarted Event GuardLost OutputHeld OutputLost RestartScheduled RunFinished RunStarted"
-        " StopRequested SurvivorsLeft UsageSampled WatchdogExpired WorkerExited WorkerFailed WorkerReady WorkerSignaled"
-        " WorkerStarted WorkerUnkillable"
+        "AttemptFinished AttemptStarted Event GuardLost JournalLost OutputHeld OutputLost RestartScheduled RunFinished"
+        " RunStarted StopRequested SurvivorsLeft UsageSampled WatchdogExpired WorkerExited WorkerFailed WorkerReady"
+        " WorkerSignaled WorkerStarted WorkerUnkillable"
     ),
     "_exit": "ExitStatus",
     "_failures": (

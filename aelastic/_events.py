@@ -254,6 +254,18 @@ class OutputLost(Event):
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class JournalLost(Event):
+    """The run's journal began to lose events; the total is in the result. Subscribers still get all of them."""
+
+    lost_bytes: int
+    reason: str
+
+    def sentence(self) -> str:
+        return f"the journal lost {self.lost_bytes} bytes: {self.reason}"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class OutputHeld(Event):
     """A worker's pipe was still open when the time to drain ran out."""
 

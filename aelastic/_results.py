@@ -128,6 +128,8 @@ class RunProcsResult:
     """By log file: the pieces that rotation left, oldest first, the current one last."""
     name: str = "run"
     """The run's."""
+    journal_lost_bytes: int = 0
+    """Bytes of events that could not be written to the journal."""
 
     def is_failed(self) -> bool:
         """Whether the outcome is `"failed"`."""

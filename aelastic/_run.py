@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import secrets
@@ -19,7 +20,7 @@ from ._attempt import Machines, StartAbandoned, Terms, check_limits
 from ._bus import Bus
 from ._conditions import Question
 from ._ending import Cause
-from ._events import Event, GuardLost, RestartScheduled, RunFinished, RunStarted, UsageSampled
+from ._events import Event, GuardLost, JournalLost, RestartScheduled, RunFinished, RunStarted, UsageSampled
 from ._function import ForkServer
 from ._guard import SERVER, watch
 from ._health import Ward
@@ -80,6 +81,7 @@ class Run:
         self._gave_up = ""
         self._stop: tuple[tuple[Step, ...] | None, str] | None = None
         self._task: ServiceTask[None] | None = None
+        self._journal: Journal | None = None
         self._last: Event | None = None
 
     @property
@@ -153,6 +155,8 @@ class Run:
             self._fall(error)
             self._is_down()
         else:
+            if self._journal is not None:
+                result = dataclasses.replace(result, journal_lost_bytes=self._journal.lost_bytes)
             self.result = result
             self._end()
             self.finished.set_result(result)
@@ -292,9 +296,13 @@ class Run:
     async def _open_journal(self, stack: AsyncExitStack, path: str) -> None:
         if not (self._with_journal and path):
             return
-        journal = await Journal.open(path, executor=self._disks)
+        journal = self._journal = await Journal.open(path, executor=self._disks, on_lost=self._journal_lost)
         stack.push_async_callback(journal.close)
         self.bus.journal = lambda event: journal.append(json.dumps(event.to_dict()).encode() + b"\n")
+
+    def _journal_lost(self, lost_bytes: int, reason: str) -> None:
+        if self._last is None:  # else it was lost at the very end: the result tells
+            self.bus.publish(JournalLost(lost_bytes=lost_bytes, reason=reason))
 
     def _guard_lost(self, pid: int, reason: str) -> None:
         self.bus.publish(GuardLost(pid=pid, reason=reason))

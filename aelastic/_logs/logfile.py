@@ -168,10 +168,9 @@ class LogFile:
         while data:
             room = most - self._size
             cut = len(data) if len(data) <= room else data.rfind(NEWLINE, 0, max(room, 0)) + 1
-            if not cut and self._line_start:
-                self._next_piece()
+            if not cut and self._line_start and self._next_piece():
                 continue
-            # A line that is longer than a piece makes a longer piece.
+            # A line that is longer than a piece makes a longer piece, and so does a directory that allows no new one.
             part = data[: cut or data.find(NEWLINE) + 1 or len(data)]
             start = self._size
             self._append([part])
@@ -180,15 +179,22 @@ class LogFile:
             self._note(start, [(part, at_ns)])
             data = data[len(part) :]
 
-    def _next_piece(self) -> None:
-        """Close the current piece before its last line, and begin a new one with that line's beginning."""
+    def _next_piece(self) -> bool:
+        """Close the current piece before its last line, and begin a new one with that line's beginning.
+
+        Returns:
+            False when the directory allows none: better a long piece than lost bytes.
+        """
         old_fd, line_start, own_bytes = self._fd, self._line_start, self._own_bytes
         begun = os.pread(old_fd, self._size - line_start, line_start) if self._size > line_start else b""
+        keep, compress = (self._rotate.keep, self._rotate.compress) if self._rotate else (1, None)
+        try:
+            self.dropped_bytes += self._pieces.shift(keep, own_bytes - len(begun))
+        except OSError:
+            return False
         self._fd = -1
         self._close()
         try:
-            keep, compress = (self._rotate.keep, self._rotate.compress) if self._rotate else (1, None)
-            self.dropped_bytes += self._pieces.shift(keep, own_bytes - len(begun))
             self.open()
             self._line_start = 0
             if begun:
@@ -198,6 +204,7 @@ class LogFile:
             os.close(old_fd)
         if compress is not None and self._executor is not None:
             self._pieces.compress(self._executor)
+        return True
 
     def _move_here(self, begun: bytes) -> None:
         taken = self.taken_bytes

@@ -47,7 +47,7 @@ class Pieces:
         return f"{self._path}.{number}{piece.suffix}"
 
     def shift(self, keep: int, size_bytes: int) -> int:
-        """Number the current file 1 and the older ones one higher; remove those beyond `keep`.
+        """Number the current file 1 and the older ones one higher; then remove those beyond `keep`.
 
         Args:
             keep: how many full pieces may stay.
@@ -55,10 +55,11 @@ class Pieces:
 
         Returns:
             How many bytes were removed with them.
+
+        Raises:
+            OSError: if the directory allows no renaming; everything is as it was.
         """
         with self._changed:
-            dropped = sum(self._remove(keep + index, piece) for index, piece in enumerate(self._pieces[keep - 1 :]))
-            del self._pieces[keep - 1 :]
             for number, piece in reversed([*enumerate(self._pieces, 1)]):
                 self._move(self._name(number, piece), self._name(number + 1, piece))
                 self._move(f"{self._path}.{number}{INDEX_SUFFIX}", f"{self._path}.{number + 1}{INDEX_SUFFIX}")
@@ -66,6 +67,8 @@ class Pieces:
             self._move(self._path, self._name(1, newest))
             self._move(self._path + INDEX_SUFFIX, f"{self._path}.1{INDEX_SUFFIX}")
             self._pieces.insert(0, newest)
+            dropped = sum(self._remove(keep + index, piece) for index, piece in enumerate(self._pieces[keep:], 1))
+            del self._pieces[keep:]
             return dropped
 
     def _remove(self, number: int, piece: Piece) -> int:

@@ -16,8 +16,11 @@ from typing import final
 from .. import Std
 from .stream import UNTIMED, FileLine, Stream, pieces
 
+HINTS = 8
 POLL = 0.1
 """Seconds between two looks of --follow: another process writes, and files have no event to wait for."""
+TAIL_BYTES = 1 << 16
+"""How much of the journal's end is read to find the run's; the guard may have written after it."""
 _FILE = re.compile(r"attempt_(\d+)/(\d+)/(stdout|stderr)\.log")
 _AGO = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -65,7 +68,12 @@ def call(options: argparse.Namespace) -> int:
     """Show what was asked for; the exit code is 1 when there is no such run."""
     shelf = Shelf(options.run_dir, options.rank, _STDS[options.std])
     if not shelf.attempts():
-        print(f"{options.run_dir} is no run's folder: it has no attempt_0 in it", file=sys.stderr)
+        print(f"{options.run_dir} is no run's folder: it has no attempt_0 in it{shelf.hint()}", file=sys.stderr)
+        return 1
+    if options.rank is not None and not options.follow and (unknown := options.rank - shelf.ranks()):
+        names = ", ".join(map(str, sorted(unknown)))
+        known = ", ".join(map(str, sorted(shelf.ranks())))
+        print(f"{options.run_dir} has no rank {names}; it has {known}", file=sys.stderr)
         return 1
     try:
         show(shelf, options.since, follow=options.follow)
@@ -96,17 +104,25 @@ def prefix(line: FileLine) -> bytes:
 
 
 def finished(run_dir: str) -> bool:
-    """Whether the run's journal holds its last event."""
+    """Whether the run's journal tells its end: its last event, or that its supervisor died and was cleaned up after."""
     try:
         with open(os.path.join(run_dir, "events.jsonl"), "rb") as journal:
-            journal.seek(max(0, journal.seek(0, os.SEEK_END) - 4096))
-            last = journal.read().splitlines()[-1:]
+            journal.seek(max(0, journal.seek(0, os.SEEK_END) - TAIL_BYTES))
+            lines = journal.read().splitlines()
     except FileNotFoundError:
         return False
-    try:
-        return bool(last) and json.loads(last[0])["event"] == "RunFinished"
-    except ValueError:  # still being written
+    return any(map(_is_end, reversed(lines)))
+
+
+def _is_end(line: bytes) -> bool:
+    if b"RunFinished" not in line and b"SupervisorDied" not in line:
         return False
+    try:
+        event = json.loads(line)
+    except ValueError:  # still being written, or its beginning was not read
+        return False
+    kept = event.get("policy") == "keep"  # its workers go on, and nobody will tell their end
+    return event.get("event") == "RunFinished" or (event.get("event") == "SupervisorDied" and not kept)
 
 
 @final
@@ -123,6 +139,19 @@ class Shelf:
         """The folders of the attempts that are there."""
         names = os.listdir(self.run_dir) if os.path.isdir(self.run_dir) else []
         return [name for name in names if re.fullmatch(r"attempt_\d+", name)]
+
+    def ranks(self) -> frozenset[int]:
+        """The ranks of all attempts."""
+        found = (os.listdir(os.path.join(self.run_dir, attempt)) for attempt in self.attempts())
+        return frozenset(int(name) for names in found for name in names if name.isdecimal())
+
+    def hint(self) -> str:
+        """What to name instead, where the folder is one of runs."""
+        if not os.path.isdir(self.run_dir):
+            return ""
+        paths = sorted(os.path.join(self.run_dir, name) for name in os.listdir(self.run_dir))
+        runs = [path for path in paths if os.path.isdir(os.path.join(path, "attempt_0"))]
+        return f"; there are runs in it: {', '.join(runs[:HINTS])}" if runs else ""
 
     def lines(self, since: datetime | None, *, whole: bool) -> Iterator[FileLine]:
         """What there is to read now, merged by time; lines without a time come first, stream after stream.

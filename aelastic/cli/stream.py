@@ -5,10 +5,13 @@ Reading changes nothing, and may go on while the run writes.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import gzip
 import os
 import re
+import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +22,8 @@ from .. import Std
 _PIECE = re.compile(r"\.(\d+)(\.gz)?")
 _INDEX = ".times"
 READ_BYTES = 1 << 20
+Identity = tuple[int, int]
+"""Device and inode: a piece keeps them when it is renamed."""
 UNTIMED = datetime.min.replace(tzinfo=UTC)
 """The time of a line that no index tells."""
 
@@ -53,7 +58,7 @@ class Times:
 
     def __init__(self, piece: str) -> None:
         index = piece.removesuffix(".gz") + _INDEX
-        self._file = open(index, encoding="ascii") if os.path.exists(index) else None  # noqa: SIM115  # in close
+        self._file = open(index, "rb") if os.path.exists(index) else None  # noqa: SIM115  # in close
         self._offset = 0
         self._at = UNTIMED
 
@@ -61,11 +66,12 @@ class Times:
         """When the byte before `end` was read; ends must not go back."""
         while self._offset < end and self._file is not None:
             row = self._file.readline()
-            if not row.endswith("\n"):  # not written yet: the time before it is the best there is
-                self._file.seek(self._file.tell() - len(row))
+            if not row.endswith(b"\n"):  # not written yet: the time before it is the best there is
+                self._file.seek(-len(row), os.SEEK_CUR)
                 break
-            offset, _, at = row.rstrip().partition("\t")
-            self._offset, self._at = int(offset), datetime.fromisoformat(at)
+            offset, _, at = row.rstrip().partition(b"\t")
+            with contextlib.suppress(ValueError):  # a row torn by a full disk
+                self._offset, self._at = int(offset), datetime.fromisoformat(at.decode())
         return self._at
 
     def close(self) -> None:
@@ -83,7 +89,8 @@ class Stream:
         self._attempt, self._rank, self._std = attempt, rank, std
         self._file: BinaryIO | None = None
         self._times: Times | None = None
-        self._identity = (0, 0)
+        self._identity: Identity = (0, 0)
+        self._packed = False
         self._read_bytes = 0
         self._begun = b""
 
@@ -99,7 +106,7 @@ class Stream:
             if not newer:
                 break
             yield from self._rest()  # written between the two looks
-            self._turn_to(newer[0])
+            self._turn_to(*newer[0])
         if self._begun and not whole:
             yield self._line(self._begun)
             self._begun = b""
@@ -111,23 +118,40 @@ class Stream:
         if self._times is not None:
             self._times.close()
 
-    def _newer(self) -> list[str]:
+    def _newer(self) -> list[tuple[str, Identity]]:
         """The pieces after the open one; all of them before the first."""
-        found = [(piece, _identity(piece)) for piece in pieces(self._path)]
+        found = _found(self._path)
         if self._file is None:
-            return [piece for piece, _ in found]
-        for position, (_, identity) in enumerate(found):
-            if identity == self._identity:
-                return [piece for piece, _ in found[position + 1 :]]
-        return [piece for piece, _ in found[-1:]]  # the open one was removed or compressed meanwhile
+            return found
+        for position, (piece, identity) in enumerate(found):
+            if identity == self._identity or self._is_packed_as(piece):
+                return found[position + 1 :]
+        return found  # the open one was removed; pieces are removed oldest first
 
-    def _turn_to(self, piece: str) -> None:
-        if self._file is not None and os.fstat(self._file.fileno()).st_size < self._read_bytes:
+    def _is_packed_as(self, piece: str) -> bool:
+        """Whether a compressed piece is what the open one became."""
+        if self._file is None or self._packed or not piece.endswith(".gz"):
+            return False
+        whole = os.fstat(self._file.fileno())
+        check, size = _trailer(piece)
+        return size == whole.st_size & 0xFFFFFFFF and check == _crc(self._file.fileno(), whole.st_size)
+
+    def _turn_to(self, piece: str, identity: Identity) -> None:
+        """Open a piece, unless it was renamed or compressed since it was found."""
+        try:
+            file = _open(piece)
+        except FileNotFoundError:
+            return
+        times = Times(piece)
+        if _identity_of(file.fileno()) != identity or _identity(piece) != identity:
+            file.close()
+            times.close()
+            return
+        if self._file is not None and not self._packed and os.fstat(self._file.fileno()).st_size < self._read_bytes:
             self._begun = b""  # its unfinished line was moved to the next piece by the writer
         self.close()
-        self._file = _open(piece)
-        self._times = Times(piece)
-        self._identity = _identity(piece)
+        self._file, self._times, self._identity = file, times, identity
+        self._packed = piece.endswith(".gz")
         self._read_bytes = 0
 
     def _rest(self) -> Iterator[FileLine]:
@@ -148,9 +172,44 @@ def _open(piece: str) -> BinaryIO:
     return cast("BinaryIO", gzip.open(piece)) if piece.endswith(".gz") else open(piece, "rb")
 
 
-def _identity(piece: str) -> tuple[int, int]:
+def _found(path: str) -> list[tuple[str, Identity]]:
+    """The pieces that are there with what they are, as they were at one instant."""
+    before: list[tuple[str, Identity]] = []
+    while (found := _look(path)) != before:  # a rotation goes on
+        before = found
+    return found
+
+
+def _look(path: str) -> list[tuple[str, Identity]]:
+    return [(piece, identity) for piece in pieces(path) if (identity := _identity(piece)) is not None]
+
+
+def _identity(piece: str) -> Identity | None:
     try:
         status = os.stat(piece)
     except FileNotFoundError:
-        return (0, 0)
+        return None
     return (status.st_dev, status.st_ino)
+
+
+def _identity_of(fd: int) -> Identity:
+    status = os.fstat(fd)
+    return (status.st_dev, status.st_ino)
+
+
+def _trailer(piece: str) -> tuple[int, int]:
+    """CRC-32 and size, modulo 2**32, of what a gzip file holds (RFC 1952)."""
+    try:
+        with open(piece, "rb") as packed:
+            packed.seek(-8, os.SEEK_END)
+            check, size = struct.unpack("<II", packed.read(8))
+            return check, size
+    except OSError:  # renamed or removed meanwhile
+        return 0, -1
+
+
+def _crc(fd: int, size: int) -> int:
+    check = 0
+    for start in range(0, size, READ_BYTES):
+        check = zlib.crc32(os.pread(fd, READ_BYTES, start), check)
+    return check

@@ -21,6 +21,7 @@ NAMES = """
     Event RunStarted AttemptStarted WorkerStarted WorkerExited WorkerFailed StopRequested WorkerSignaled
     WorkerUnkillable SurvivorsLeft OutputLost AttemptFinished RunFinished RestartPolicy Backoff RestartScheduled
     HealthPolicy Notify LinePattern TcpPort HttpGet WorkerNotReady WorkerReady WatchdogExpired UsageSampled Usage
+    JournalLost
 """.split()
 """The public names of the contract so far; issues to come add theirs."""
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from aelastic import Rotate, Std
+from aelastic._logs.logfile import LogFile
+from aelastic._threads import Threads
+from aelastic.cli.logs import finished
+from aelastic.cli.stream import Stream
 from tests.house.source import ROOT
 from tests.ways_to_die import DEAF_TO_TERM, ENDING, EXIT_0, NOT_EXECUTABLE, NOT_FOUND, RUNS_ON, Way
 
@@ -156,3 +163,103 @@ def test_logs_merges_by_time_where_an_index_tells(tmp_path: Path) -> None:
         (folder / str(rank) / "stdout.log.times").write_text(index)
     assert aelastic("logs", str(tmp_path))[1] == "[0]:a\n[1]:b\n[0]:c\n[1]:d\n"
     assert aelastic("logs", str(tmp_path), "--since", "2021-05-01T10:00:02Z")[1] == "[0]:c\n[1]:d\n"
+
+
+def test_logs_misses_no_piece_that_is_compressed_meanwhile(tmp_path: Path) -> None:
+    """Following goes on after the piece it was in, though that has another name and is another file now."""
+    path = tmp_path / "out.log"
+    stream = Stream(str(path), attempt=0, rank=0, std=Std.OUT)
+
+    def read() -> list[bytes]:
+        return [line.data for line in stream.lines(whole=True)]
+
+    def rotate(number: int, data: bytes) -> None:
+        Path(f"{path}.{number}.gz").write_bytes(gzip.compress(data))
+
+    path.write_bytes(b"one\n")
+    assert read() == [b"one"]
+    with open(path, "ab") as log:
+        log.write(b"one and a half\n")
+    path.unlink()
+    rotate(3, b"one\none and a half\n")
+    rotate(2, b"two\n")
+    (tmp_path / "out.log.1").write_bytes(b"three\n")
+    path.write_bytes(b"four\nfi")
+    assert read() == [b"one and a half", b"two", b"three", b"four"]
+    stream.close()
+
+
+def test_logs_goes_on_when_its_piece_was_removed(tmp_path: Path) -> None:
+    """All that is left is newer."""
+    path = tmp_path / "out.log"
+    stream = Stream(str(path), attempt=0, rank=0, std=Std.OUT)
+    path.write_bytes(b"one\n")
+    assert [line.data for line in stream.lines(whole=True)] == [b"one"]
+    path.unlink()
+    (tmp_path / "out.log.1").write_bytes(b"eight\n")
+    path.write_bytes(b"nine\n")
+    assert [line.data for line in stream.lines(whole=True)] == [b"eight", b"nine"]
+    stream.close()
+
+
+def test_logs_reads_while_pieces_are_cut(tmp_path: Path) -> None:
+    """Beside a writer that rotates and compresses all the time, each line is read once and in order."""
+    path = tmp_path / "out.log"
+    file = LogFile(
+        str(path), rotate=Rotate(max_bytes=2000, keep=10_000, compress="gzip"), executor=(disk := Threads("d", 1))
+    )
+    file.open()
+    ended = threading.Event()
+
+    def write() -> None:
+        for number in range(20_000):
+            file.writelines([(b"line %d\n" % number, 0)])
+        file.close()
+        ended.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    stream = Stream(str(path), attempt=0, rank=0, std=Std.OUT)
+    seen: list[bytes] = []
+    while not ended.is_set():
+        seen += [line.data for line in stream.lines(whole=True)]
+    seen += [line.data for line in stream.lines(whole=False)]
+    writer.join()
+    file.finish_pieces(30)
+    disk.close()
+    stream.close()
+    assert seen == [b"line %d" % number for number in range(20_000)]
+
+
+def test_logs_survives_a_torn_index(tmp_path: Path) -> None:
+    """A row that a full disk cut short tells no time; the others do."""
+    folder = tmp_path / "attempt_0" / "0"
+    folder.mkdir(parents=True)
+    (folder / "stdout.log").write_text("a\nb\n")
+    (folder / "stdout.log.times").write_text("2\t2021-05-01T10:0\n4\t2021-05-01T10:00:02+00:00\n")
+    assert aelastic("logs", str(tmp_path)) == (0, "[0]:a\n[0]:b\n", "")
+
+
+def test_logs_says_what_there_is_instead(tmp_path: Path) -> None:
+    """A rank that was never there is no silence, and a folder of runs names them."""
+    (tmp_path / "run_1" / "attempt_0" / "3").mkdir(parents=True)
+    code, out, err = aelastic("logs", str(tmp_path / "run_1"), "--rank", "3,7")
+    assert (code, out) == (1, "")
+    assert "no rank 7; it has 3" in err
+    assert str(tmp_path / "run_1") in aelastic("logs", str(tmp_path))[2]
+
+
+@pytest.mark.parametrize(
+    ("journal", "ended"),
+    [
+        ('{"event": "RunFinished"}\n', True),
+        ('{"event": "SupervisorDied", "policy": "kill"}\n{"event": "OrphanKilled"}\n', True),
+        ('{"event": "SupervisorDied", "policy": "keep"}\n', False),
+        ('{"event": "RunFini', False),
+        ('{"event": "WorkerStarted"}\n', False),
+    ],
+)
+def test_logs_follows_no_run_whose_supervisor_is_dead(tmp_path: Path, journal: str, ended: bool) -> None:
+    """Its end is the last event, or what the guard wrote in its place; workers that are kept have none."""
+    (tmp_path / "events.jsonl").write_text(journal)
+    assert finished(str(tmp_path)) is ended

@@ -269,6 +269,25 @@ async def test_pieces_beyond_keep_are_removed_and_counted_apart(tmp_path: Path) 
     assert sorted(os.listdir(tmp_path)) == ["out.log", "out.log.1", "out.log.2"]
 
 
+async def test_a_directory_that_allows_no_pieces_costs_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current piece grows instead; when renaming works again, the next one begins."""
+    path = tmp_path / "out.log"
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    file = LogFile(str(path), rotate=Rotate(max_bytes=10, keep=2))
+    file.open()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refused)
+        file.writelines([(b"line %d\n" % number, 0) for number in range(4)])
+    assert [Path(piece).read_bytes() for piece in file.all_pieces()] == [b"line 0\nline 1\nline 2\nline 3\n"]
+    file.writelines([(b"line 4\n", 0)])
+    file.close()
+    pieces = [Path(piece).read_bytes() for piece in file.all_pieces()]
+    assert pieces == [b"line 0\nline 1\nline 2\nline 3\n", b"line 4\n"]
+
+
 async def test_full_pieces_are_compressed(tmp_path: Path) -> None:
     """With gzip every full piece is compressed by the time the file is closed, and named so."""
     path = tmp_path / "out.log"
