@@ -3,7 +3,7 @@
 General layout. A file imports only from floors below its own:
 
     doors     __init__ (lazy)   worker (standard library only)   cli/
-    floor 5   _supervisor                         several runs under one roof
+    floor 5   _supervisor, _kept                  several runs under one roof
               _start, _context, _readiness, _run, _signals   a run: from start to result; the caller's handle on it
               _round, _succession                 all its ranks; the attempts of a gang or of a rank, one after another
     floor 4   _gang, _attempt                     one attempt: start all, watch all, stop all
@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from ._failures import RankMappingError as RankMappingError
     from ._failures import SignalException as SignalException
     from ._failures import StreamNotCaptured as StreamNotCaptured
+    from ._failures import SupervisorFailed as SupervisorFailed
     from ._failures import WorkerNotReady as WorkerNotReady
     from ._logs import DefaultLogsSpecs as DefaultLogsSpecs
     from ._logs import LineOrigin as LineOrigin
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     from ._start import start_processes as start_processes
     from ._std import Std as Std
     from ._std import to_map as to_map
+    from ._supervisor import Supervisor as Supervisor
 
 _HOMES = {
     "_bus": "Events",
@@ -99,7 +101,8 @@ _HOMES = {
     ),
     "_exit": "ExitStatus",
     "_failures": (
-        "ChildFailedError LineNotSeen ProcessFailure RankMappingError SignalException StreamNotCaptured WorkerNotReady"
+        "ChildFailedError LineNotSeen ProcessFailure RankMappingError SignalException StreamNotCaptured"
+        " SupervisorFailed WorkerNotReady"
     ),
     "_logs": "DefaultLogsSpecs LineOrigin Lines LogsDest LogsSpecs",
     "_options": "WorkerOptions",
@@ -108,6 +111,7 @@ _HOMES = {
     "_signals": "forward_signals",
     "_start": "start_processes",
     "_std": "Std to_map",
+    "_supervisor": "Supervisor",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 

@@ -16,6 +16,7 @@ from ._bus import Bus
 from ._contagion import Contagion
 from ._ending import Cause
 from ._events import StopRequested
+from ._failures import ProcessFailure
 from ._lifecycle import outcome
 from ._logs import LogsDest
 from ._policies import Step
@@ -67,6 +68,12 @@ class Round:
     def failed(self) -> bool:
         """Whether a rank has failed for good."""
         return any(each.failed for each in self._successions)
+
+    @property
+    def root_cause(self) -> ProcessFailure | None:
+        """The first failure of the newest attempts that are over."""
+        failures = (failure for each in self._successions for failure in each.end.failures.values())
+        return min(failures, key=lambda failure: failure.monotonic_ns, default=None)
 
     @property
     def survived(self) -> bool:

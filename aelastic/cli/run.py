@@ -14,7 +14,16 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self, final
 
-from .. import ChildFailedError, DefaultLogsSpecs, LogsSpecs, PContext, RunProcsResult, Std, start_processes
+from .. import (
+    ChildFailedError,
+    DefaultLogsSpecs,
+    LogsSpecs,
+    PContext,
+    RestartPolicy,
+    RunProcsResult,
+    Std,
+    start_processes,
+)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NAMED_FILES = 16
@@ -29,7 +38,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         description="Start N ranks of COMMAND and wait for them. Exits with the code of the first that failed, 128 and"
         " its signal if one killed it; SIGINT and SIGTERM stop them all, a second one kills them.",
         usage="aelastic run [-n N] [--tee STD] [--redirects STD] [--log-dir DIR] [--name NAME] [--prefix FORMAT]"
-        " -- COMMAND...",
+        " [--max-restarts N] -- COMMAND...",
     )
     parser.add_argument("-n", "--nprocs", type=count, default=1, metavar="N", help="how many ranks (default: 1)")
     parser.add_argument(
@@ -45,6 +54,10 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "--prefix", metavar="FORMAT",
         help="what begins each line of a tee, of {name} {rank} {std} {host} {time}: '{time:%%H:%%M:%%S} {rank} '",
     )  # fmt: skip
+    parser.add_argument(
+        "--max-restarts", type=restarts, default=0, metavar="N",
+        help="how often all ranks are started again after a failure (default: 0)",
+    )  # fmt: skip
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help=argparse.SUPPRESS)
     parser.set_defaults(call=lambda options: call(parser, options))
 
@@ -53,6 +66,13 @@ def count(text: str) -> int:
     """A number of ranks, 1 or more."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of ranks: give 1 or more")
+    return int(text)
+
+
+def restarts(text: str) -> int:
+    """A number of restarts, 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of restarts: give 0 or more")
     return int(text)
 
 
@@ -115,6 +135,7 @@ async def start(options: argparse.Namespace) -> PContext:
         program,
         args=dict.fromkeys(ranks, tuple(args)),
         logs_specs=destination(options),
+        restart=RestartPolicy(max_restarts=options.max_restarts),
     )
 
 

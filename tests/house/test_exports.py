@@ -20,6 +20,7 @@ NAMES = """
     record ErrorHandler WorkerOptions StopPolicy ExitStatus ExitUsage Survivor
     Event RunStarted AttemptStarted WorkerStarted WorkerExited WorkerFailed StopRequested WorkerSignaled
     WorkerUnkillable SurvivorsLeft OutputLost AttemptFinished RunFinished RestartPolicy Backoff RestartScheduled
+    Supervisor SupervisorFailed
     HealthPolicy Notify LinePattern TcpPort HttpGet WorkerNotReady WorkerReady WatchdogExpired UsageSampled Usage
     JournalLost
 """.split()

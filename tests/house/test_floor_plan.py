@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("functions", ("_function",)),
     ("worker", ("_worker",)),
     ("gang", ("_attempt", "_gang")),
-    ("run", ("_succession", "_round", "_run", "_readiness", "_context", "_signals", "_start")),
+    ("run", ("_succession", "_round", "_run", "_readiness", "_context", "_signals", "_start", "_kept", "_supervisor")),
     ("doors", ("__init__", "worker", "testing", "dask", "cli", "__main__")),
 )
 """From the ground up. A name stands for its file, or for the folder and all in it that is not named elsewhere."""

@@ -81,6 +81,14 @@ def test_the_example_of_health_runs(tmp_path: Path) -> None:
     assert re.fullmatch(r"serving on port \d+\nUsage\(cpu_seconds=.*processes=1\)\n", done.stdout)
 
 
+def test_the_example_of_restarts_runs(tmp_path: Path) -> None:
+    """One that fails twice, and two runs under a supervisor."""
+    (tmp_path / "again.py").write_text(block("Start again what has failed", "python"), encoding="utf-8")
+    done = run([sys.executable, "-W", "error", "again.py"], tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"succeeded after 3 attempts\n\{0: \d+\} \{0: \d+, 1: \d+\}\n", done.stdout)
+
+
 def test_no_address_and_no_machine_in_it() -> None:
     """It is true everywhere."""
     assert not re.search(r"https?://|/work/|/home/|/root/", README)

@@ -115,6 +115,14 @@ def first_lines(process: subprocess.Popen[bytes], count: int) -> None:
     assert [process.stdout.readline() for _ in range(count)] == [b"ready\n"] * count
 
 
+def test_run_restarts_as_often_as_it_is_told(tmp_path: Path) -> None:
+    """The code is the last attempt's, and the report says that there was no further one."""
+    command = ("sh", "-c", "exit $((3 + AELASTIC_ATTEMPT))")
+    code, _, err = aelastic("run", "--max-restarts", "1", "--", *command)
+    assert code == 4
+    assert "Not restarted: its budget of 1 restart is spent" in err
+
+
 def test_logs_shows_what_a_run_left(tmp_path: Path) -> None:
     """All ranks and streams, or the chosen ones."""
     aelastic("run", "-n", "2", "--redirects", "3", "--log-dir", str(tmp_path), "--", *EXIT_0.argv)
