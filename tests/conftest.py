@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 
 import pytest
@@ -56,6 +57,26 @@ async def _warm_up() -> None:
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", "")
     await process.wait()
     await asyncio.to_thread(int)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run what is marked `one_loop` on one of the loops, by its name; all of it where the long tests are asked for."""
+    if os.environ.get("AELASTIC_TEST_LONG"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("one_loop") and not _is_this_loops(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _is_this_loops(item: pytest.Item) -> bool:
+    names = sorted(LOOPS)
+    test, _, parameters = item.nodeid.partition("[")
+    words = parameters.rstrip("]").split("-")
+    mine = next((name for name in names if name in words), None)
+    if mine is None:
+        return True  # no loop test
+    rest = "-".join(word for word in words if word != mine)
+    return names[zlib.crc32(f"{test}[{rest}".encode()) % len(names)] == mine
 
 
 @pytest.fixture(autouse=True)

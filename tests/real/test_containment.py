@@ -29,6 +29,8 @@ from tests.real.zookeeper import start as start_zoo
 from tests.ways_to_die import EXIT_0, RUNS_ON, Way, python
 from tests.zoo import PRELUDE
 
+pytestmark = pytest.mark.one_loop
+
 POLICY = StopPolicy(steps=((signal.SIGTERM, 0.2), (signal.SIGKILL, 10.0)), drain=0.1, containment="cgroup")
 HIDDEN = (
     "import os, signal, sys, time\n"

@@ -47,6 +47,8 @@ from tests.ways_to_die import (
     Way,
 )
 
+pytestmark = pytest.mark.one_loop
+
 Method = Literal["spawn", "forkserver", "fork"]
 METHODS = pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
 LONG = bool(os.environ.get("AELASTIC_TEST_LONG"))

@@ -41,6 +41,8 @@ from aelastic._process import Command, Process
 from aelastic._spec import check
 from tests.real.jobs import Counter, Trap, be_picky, double, double_later, evaluate, fail, write_to
 
+pytestmark = pytest.mark.one_loop
+
 NET = 60.0
 """Seconds; only a net."""
 

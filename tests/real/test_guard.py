@@ -39,6 +39,8 @@ GUARD = str(Path(procfs.__file__).with_name("guard.py"))
 SUPERVISOR = '''
 import asyncio, ctypes, json, os, signal, sys
 from aelastic import DefaultLogsSpecs, Std, StopPolicy, start_processes
+
+pytestmark = pytest.mark.one_loop
 told = json.loads(sys.argv[1])
 def let_go():
     """Close every copy of stdout; uvloop keeps some that programs inherit."""

@@ -122,15 +122,16 @@ async def test_a_status_that_another_waiter_took_at_once_is_unknown_and_not_inve
 # uvloop has no way to let go of a child that another waiter took; it closes its handle with the loop, and says so.
 @pytest.mark.filterwarnings("ignore:unclosed resource <UVProcessTransport:ResourceWarning")
 async def test_a_foreign_waitpid_neither_loses_the_exit_nor_changes_its_status(reaper: Callable[[], None]) -> None:
-    reaper()
-    for code in range(12):
+    async def one(code: int) -> None:
         async with child("sh", "-c", f"echo ready; sleep 0.25; exit {code}") as started:
             await started.line()
-            status = await asyncio.wait_for(started.process.exited, NET)
-            assert status == ExitStatus(code, None)
+            assert await asyncio.wait_for(started.process.exited, NET) == ExitStatus(code, None)
             began = time.monotonic()
             await started.process.reaped(NET)
             assert time.monotonic() - began < 5
+
+    reaper()
+    await asyncio.gather(*map(one, range(12)))
 
 
 async def test_an_exit_is_known_although_the_host_ignores_sigchld() -> None:

@@ -37,6 +37,8 @@ from tests.real.patients import METHODS, READY_THEN_RESTS, be_ready_and_rest, sp
 from tests.real.runs import QUICK, all_events, capture, redirect
 from tests.ways_to_die import FOREVER, PYTHON
 
+pytestmark = pytest.mark.one_loop
+
 NET = 30.0
 
 

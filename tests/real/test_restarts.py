@@ -31,6 +31,8 @@ from aelastic._guard import Watch
 from tests.real import jobs
 from tests.real.runs import PATIENT, QUICK, all_events, capture, redirect
 
+pytestmark = pytest.mark.one_loop
+
 SCOPES = pytest.mark.parametrize("scope", ["gang", "rank"])
 AT_ONCE = Backoff(initial=0.0)
 NEVER = Backoff(initial=3600.0, maximum=3600.0)

@@ -17,6 +17,8 @@ from tests.real.runs import QUICK, all_events, tee
 from tests.real.test_ready import launch
 from tests.ways_to_die import FOREVER, PYTHON
 
+pytestmark = pytest.mark.one_loop
+
 READY = HealthPolicy(ready=Notify())
 DUMPS = StopPolicy(steps=((signal.SIGTERM, 0.2), (signal.SIGKILL, 10.0)), drain=0.2, dump_stacks=True)
 

@@ -17,6 +17,8 @@ from aelastic._exit import ExitStatus
 from aelastic._process import trampoline
 from tests.real.children import NET, child, python
 
+pytestmark = pytest.mark.one_loop
+
 ROOT = pytest.mark.skipif(os.getuid() != 0, reason="only root may become somebody else")
 
 

@@ -24,6 +24,8 @@ from tests.real.patients import METHODS, be_ready_and_rest, beat, hold_interpret
 from tests.real.runs import PATIENT, QUICK, all_events, redirect, tee
 from tests.real.test_ready import launch
 
+pytestmark = pytest.mark.one_loop
+
 WATCHED = HealthPolicy(ready=Notify(), watchdog=0.4)
 """Long enough for a heartbeat every 50 ms on a busy machine."""
 
