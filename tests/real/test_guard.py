@@ -29,6 +29,8 @@ from tests.real.children import process_of_pid
 from tests.ways_to_die import PYTHON
 from tests.zoo import DEAF_CHILD, OBEDIENT, OWN_SESSION
 
+pytestmark = pytest.mark.one_loop
+
 NET = 60.0
 """Seconds after which a test is taken to hang."""
 GRACE = 0.4
@@ -40,7 +42,6 @@ SUPERVISOR = '''
 import asyncio, ctypes, json, os, signal, sys
 from aelastic import DefaultLogsSpecs, Std, StopPolicy, start_processes
 
-pytestmark = pytest.mark.one_loop
 told = json.loads(sys.argv[1])
 def let_go():
     """Close every copy of stdout; uvloop keeps some that programs inherit."""

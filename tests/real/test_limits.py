@@ -154,7 +154,7 @@ async def test_any_rank_may_be_the_one_that_the_kernel_refuses(
 ) -> None:
     """The error names it and what ran out; those before it are gone."""
     what = {errno.ENOMEM: "no memory left", errno.ENFILE: "fs.file-max", errno.EAGAIN: "RLIMIT_NPROC"}[number]
-    home, name = (forked, "fork_apart") if method == "fork" else (launch_module(), "start_collected")
+    home, name = (forked, "begin") if method == "fork" else (launch_module(), "start_collected")
     for rank in range(RANKS) if method == "command" else [1]:
         with monkeypatch.context() as patch:
             patch.setattr(home, name, failing(rank, OSError(number, os.strerror(number)), getattr(home, name)))

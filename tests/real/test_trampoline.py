@@ -69,7 +69,6 @@ async def test_a_worker_becomes_its_user_with_that_users_groups(options: dict[st
         ({"group": "no-such-group"}, errno.EINVAL, "this host has no group 'no-such-group'"),
         ({"user": 54321}, errno.EINVAL, "its group has to be given"),
         ({"cpus": [4000]}, errno.EINVAL, "cpus can't be set to 4000"),
-        ({"rlimits": {resource.RLIMIT_NOFILE: (20, 10)}}, errno.EINVAL, "rlimit can't be set to"),
         ({"rlimits": {999: 10}}, errno.EINVAL, "rlimit can't be set to 999"),
     ],
 )

@@ -53,7 +53,8 @@ async def test_a_worker_stuck_in_c_shows_its_stacks_and_is_killed(method: Any, l
     log = Path(result.stderrs[1]).read_text(encoding="utf-8")
     assert f"aelastic: rank 1 (pid {failure.pid}): it sent no heartbeat for 0.4 s" in log
     assert "hold_interpreter" in log
-    assert "hold_interpreter" in "\n".join(failure.tail)
+    # A forked worker's stack goes on into its parent's, which may be deeper than a tail is long.
+    assert method == "fork" or "hold_interpreter" in "\n".join(failure.tail)
     kinds = [type(event) for event in await all_events(ctx) if getattr(event, "rank", None) == 1]
     assert kinds.index(WatchdogExpired) < kinds.index(WorkerExited) < kinds.index(WorkerFailed)
 
