@@ -80,6 +80,11 @@ class HubStream:
         self.tail.ended = True
         self._wake_readers()
 
+    def retire(self) -> None:
+        """Keep no more than a tail, since another attempt follows: a reader that sleeps must not add up attempts."""
+        keep_from = self._needed_from if self._has_readers and self.tail.kept_bytes < LOSSLESS_BYTES else None
+        self.tail.trim(TAIL_BYTES, TAIL_LINES, keep_from)
+
     def _wake_readers(self) -> None:
         for reader, cursor in list(self._readers.items()):
             reader.has_more(self, cursor)
@@ -94,10 +99,18 @@ class HubStream:
         cursor = self._readers[reader] = Cursor(self.tail, live=live)
         reader.has_more(self, cursor)
 
-    def remove(self, reader: Lines) -> None:
-        """Forget a subscription that was closed."""
-        if self._readers.pop(reader, None) is not None:
-            self.on_room()
+    def miss(self, reader: Lines, count: int) -> None:
+        """Tell a subscription with its next line that it missed so many of earlier attempts."""
+        if (cursor := self._readers.get(reader)) is not None:
+            cursor.miss(count)
+
+    def remove(self, reader: Lines) -> int:
+        """Forget a subscription; return how many lines it did not read."""
+        cursor = self._readers.pop(reader, None)
+        if cursor is None:
+            return 0
+        self.on_room()
+        return cursor.unread
 
 
 @final
@@ -131,6 +144,9 @@ class LineHub:
             for std in STREAMS
             if of_rank[std].route is Route.PIPE
         }
+        for key in streams:
+            if key in self._streams:
+                self._streams[key].retire()
         self._streams = {key: stream for key, stream in self._streams.items() if key[0] not in plans} | streams
         for reader in list(self._readers):
             for key, stream in streams.items():

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 QUIET = 0.2
 """Seconds without a byte after which an unfinished line is shown."""
+KEPT_ATTEMPTS = 8
+"""So many attempts of a stream wait for a reader that sleeps; the lines of older ones count as skipped."""
 BURST = 50
 """Lines a reader gets before the loop's other tasks have a turn."""
 
@@ -47,8 +49,23 @@ class Lines:
 
     def follow(self, stream: HubStream, *, live: bool) -> None:
         """Read a stream too; see `HubStream.add`."""
+        earlier = [each for each in self._streams if (each.rank, each.std) == (stream.rank, stream.std)]
+        missed = self._leave(earlier[0]) if len(earlier) >= KEPT_ATTEMPTS else 0
         self._streams.append(stream)
         stream.add(self, live=live)
+        if missed:
+            earlier[1].miss(self, missed)
+
+    def _leave(self, stream: HubStream) -> int:
+        """Give up an attempt that was over long ago; return how many lines of it were not read."""
+        self._streams.remove(stream)
+        left = [entry for entry in self._ready if entry[2] is stream]
+        self._ready = [entry for entry in self._ready if entry[2] is not stream]
+        heapq.heapify(self._ready)
+        for *_, cursor in left:
+            self._queued.discard(cursor)
+            self._unfinished.pop(cursor, None)
+        return stream.remove(self)
 
     def has_more(self, stream: HubStream, cursor: Cursor) -> None:
         """Take note that a cursor may find something."""

@@ -151,6 +151,16 @@ class Cursor:
         index = self._index - self.tail.dropped
         return self.tail.chunks[max(index, 0)].at_ns if index < len(self.tail.chunks) else self._at_ns
 
+    @property
+    def unread(self) -> int:
+        """How many lines it has not given yet, those that it will tell to be skipped included; of an ended stream."""
+        unfinished = self.tail.size > 0 and not (self.tail.chunks and self.tail.chunks[-1].data.endswith(NEWLINE))
+        return self.tail.lines + (unfinished and not self._done) - (self._number - 1) + self._skipped
+
+    def miss(self, count: int) -> None:
+        """Tell of so many lines more that they were skipped before the next one."""
+        self._skipped += count
+
     def next(self) -> RawLine | None:
         """The next whole line; None when there is none yet. The last line of an ended stream is whole."""
         if self._index < self.tail.dropped:

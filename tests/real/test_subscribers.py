@@ -239,6 +239,28 @@ async def test_the_next_attempt_is_read_too() -> None:
     assert [(line.attempt, line.number, line.text) async for line in reader] == [(0, 1, "first"), (1, 1, "second")]
 
 
+@pytest.mark.parametrize("lossless", [False, True])
+async def test_attempts_do_not_add_up_for_a_reader_that_sleeps(lossless: bool) -> None:
+    """Over many restarts it keeps a tail of a few; what it misses is counted, and the last line comes."""
+    stream, per_attempt = Stream(), 4000
+    reader = stream.hub.lines(lossless=lossless)
+    assert reader.next_nowait() is None
+    for number in range(30):
+        for part in range(4):
+            stream.feed(b"".join(b"%d %d %s\n" % (number, part, b"x" * 90) for _ in range(per_attempt // 4)))
+        stream.streams[0, Std.OUT].release()
+        stream.streams[0, Std.OUT].end()
+        if number < 29:
+            stream.streams = stream.hub.begin(plans(captured()), number + 1)
+    kept = sum(each.tail.kept_bytes for each in reader._streams)
+    stream.finish()
+    lines = [line async for line in reader]
+    assert len(lines) + sum(line.skipped for line in lines) == 30 * per_attempt
+    assert lines[-1].text.startswith("29 3 ")
+    assert {line.attempt for line in lines} == set(range(22, 30))
+    assert kept < (9 if lossless else 3) << 19
+
+
 async def test_thousands_of_readers_leave_nothing() -> None:
     """Readers that come and go are forgotten, closed or not."""
     stream = Stream()
