@@ -24,7 +24,6 @@ import queue
 import sys
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any, final
@@ -68,8 +67,8 @@ class Place:
         self.aside_bytes = 0
         self._waiting: deque[tuple[Std, list[Piece], int]] = deque()
         self._idle = False
-        self._ringing: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
-        """Loops that will ring the bell in a moment."""
+        self._ringer: asyncio.AbstractEventLoop | None = None
+        """The loop that will ring the bell in a moment; when others would too, the last of them."""
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._given_bytes = 0
         self._done_bytes = 0
@@ -99,14 +98,14 @@ class Place:
             return
         if size >= PROMPT_BYTES:
             self._ring()
-        elif (loop := asyncio.get_running_loop()) not in self._ringing:
+        elif (loop := asyncio.get_running_loop()) is not self._ringer:
             # When all that is ready was read: a thread that is woken for one line takes turns with the loop for each.
-            self._ringing.add(loop)
-            loop.call_soon(self._ring_from, loop)
+            self._ringer = loop
+            loop.call_soon(self._ring_in_a_moment)
 
-    def _ring_from(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _ring_in_a_moment(self) -> None:
         with self.lock:
-            self._ringing.discard(loop)
+            self._ringer = None
             self._ring()
 
     def release(self) -> None:
@@ -180,10 +179,11 @@ class Place:
             self._bell.get()
 
     def _batch(self) -> tuple[Std, list[Piece]]:
-        std, pieces, size = self._waiting.popleft()
+        std, first, size = self._waiting.popleft()
+        pieces = list(first)
         while self._waiting and self._waiting[0][0] is std and size < BATCH_BYTES and len(pieces) < MOST_PIECES:
             _, more, more_bytes = self._waiting.popleft()
-            pieces = pieces + more
+            pieces += more
             size += more_bytes
         return std, pieces
 

@@ -12,6 +12,8 @@ from typing import final
 NEWLINE = b"\n"
 Piece = bytes | memoryview
 """Part of what a sink writes; a sink writes pieces in order and nothing between them."""
+COPIED_BYTES = 1 << 11
+"""Less than this is copied in less time than a view of it takes to make."""
 MATCH_BYTES = 1 << 20
 """How much of a line a filter looks at and writes."""
 
@@ -64,7 +66,7 @@ class Prefixed:
             return 0
         cut = len(shown) - len(self.prefix) if chunk.endswith(NEWLINE) else shown.rfind(NEWLINE) + 1
         self._whole += self.held
-        self._whole.append(memoryview(shown)[:cut])
+        self._whole.append(shown[:cut] if cut < COPIED_BYTES else memoryview(shown)[:cut])
         self.whole_bytes += self.held_bytes + cut
         self.whole_lines += lines
         self._hold(shown[cut:])

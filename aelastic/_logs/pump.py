@@ -67,7 +67,7 @@ class Pump:
         self._pipe = pipe
         self._voice = voice
         self._matching = matching
-        self._prefix = prefix
+        self._prefix = prefix if prefix is not None and prefix.changes else None
         self._filtered = filtered
         self._sinks = [sink for sink in (file, filtered, stream, voice) if sink is not None]
         self._on_broken = on_broken
@@ -153,7 +153,8 @@ class Pump:
     def _read(self, until: float, most: int) -> bool:
         """Read until the pipe is empty, the time is up, or enough is read; return whether there may be more."""
         fd, at_ns, now, size = self._pipe.read_fd, time.time_ns(), self._loop.time(), 0
-        self._renew_prefixes(at_ns)
+        if self._prefix is not None:
+            self._renew_prefixes(at_ns, self._prefix)
         chunk = b""
         try:
             while size < most:
@@ -188,11 +189,11 @@ class Pump:
                 self._looked_at, self._idle_looks = True, 0
                 self._turns.look_at(self)
 
-    def _renew_prefixes(self, at_ns: int) -> None:
+    def _renew_prefixes(self, at_ns: int, prefix: Prefix) -> None:
         if self._voice is not None:
             self._voice.renew(at_ns)
-        if self._matching is not None and self._prefix is not None and self._prefix.changes:
-            self._matching.prefix = self._prefix.at(at_ns)
+        if self._matching is not None:
+            self._matching.prefix = prefix.at(at_ns)
 
     def _hand_on(self, chunk: bytes, at_ns: int, now: float) -> None:
         if self.file is not None:

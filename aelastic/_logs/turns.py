@@ -115,10 +115,14 @@ class Turns:
 
     def _tick(self) -> None:
         self._ticking = bool(self._looked_at)
-        if self._ticking:
-            asyncio.get_running_loop().call_later(TICK, self._tick)
-        for reader in self._looked_at:
-            self.ready(reader)
+        if not self._ticking:
+            return
+        asyncio.get_running_loop().call_later(TICK, self._tick)
+        if not self._queue:
+            asyncio.get_running_loop().call_soon(self._give_turns)
+        due = self._looked_at - self._queued
+        self._queue.extend(due)
+        self._queued |= due
 
     def _give_turns(self) -> None:
         now = time.perf_counter()

@@ -37,6 +37,8 @@ class Voice:
         self._prefix = prefix
         self._path = path
         self._view = Prefixed(prefix.at(0))
+        self.feed = self._view.feed
+        """Takes a chunk; returns how many lines it ended."""
         self._shown = 0
         """How many pieces of the unfinished line are on the console."""
         self._passing = False
@@ -82,15 +84,16 @@ class Voice:
         if self._prefix.changes:
             self._view.renew(self._prefix.at(at_ns))
 
-    def feed(self, chunk: bytes) -> int:
-        """Take a chunk; return how many lines it ended."""
-        return self._view.feed(chunk)
-
     def say(self) -> None:
         """Put out what is whole, and of a line too long to be held what is there."""
-        if not self._view.whole_lines and self._view.held_bytes <= HELD_BYTES:
+        view = self._view
+        if not view.whole_lines and view.held_bytes <= HELD_BYTES:
             return
         with self._place.lock:
+            if view.held_bytes <= HELD_BYTES and self._is_plain():
+                size = view.whole_bytes
+                self._place.give(self.std, view.take(), size)
+                return
             self.said_at = time.monotonic()
             self._say()
 
@@ -143,10 +146,6 @@ class Voice:
             self._say_long()
 
     def _say_whole(self) -> None:
-        if self._is_plain:
-            size = self._view.whole_bytes
-            self._place.give(self.std, self._view.take(), size)
-            return
         lines, whole = self._view.whole_lines, self._view.take()
         if self._skipping:
             lines, whole = lines - 1, _after_first_line(whole)
@@ -160,11 +159,10 @@ class Voice:
         if self._place.holder is self:
             self._place.release()
 
-    @property
     def _is_plain(self) -> bool:
         """Whether nothing but whole lines is to be said: the case that costs least is nearly every case."""
         place = self._place
-        if self._shown or self._passing or self._skipping or self._left_out or self.interrupted:
+        if self._shown or self._passing or self._skipping or self._left_out or self.interrupted or place.closed:
             return False
         return place.holder is None and place.unfinished is None and place.waiting_bytes < STALLED_BYTES
 
