@@ -43,13 +43,16 @@ class FileLine:
 
 
 def pieces(path: str) -> list[str]:
-    """The pieces of a log file that are there, oldest first, the current one last."""
-    numbered: list[tuple[int, str]] = []
-    for piece in glob.glob(f"{glob.escape(path)}.*"):
+    """The pieces of a log file that are there, oldest first, the current one last.
+
+    One that is there both plain and compressed, since it is just being compressed, is named as the plain one.
+    """
+    numbered: dict[int, str] = {}
+    for piece in sorted(glob.glob(f"{glob.escape(path)}.*"), reverse=True):
         match = _PIECE.fullmatch(piece, len(path))
         if match is not None:
-            numbered.append((int(match[1]), piece))
-    return [*(piece for _, piece in sorted(numbered, reverse=True)), *([path] if os.path.exists(path) else [])]
+            numbered[int(match[1])] = piece
+    return [*(numbered[number] for number in sorted(numbered, reverse=True)), *([path] if os.path.exists(path) else [])]
 
 
 @final
@@ -106,7 +109,7 @@ class Stream:
             if not newer:
                 break
             yield from self._rest()  # written between the two looks
-            self._turn_to(*newer[0])
+            self._turn_to(newer[0][0])
         if self._begun and not whole:
             yield self._line(self._begun)
             self._begun = b""
@@ -120,30 +123,37 @@ class Stream:
 
     def _newer(self) -> list[tuple[str, Identity]]:
         """The pieces after the open one; all of them before the first."""
-        found = _found(self._path)
-        if self._file is None:
-            return found
-        for position, (piece, identity) in enumerate(found):
-            if identity == self._identity or self._is_packed_as(piece):
-                return found[position + 1 :]
-        return found  # the open one was removed; pieces are removed oldest first
+        while True:
+            found = _found(self._path)
+            position = self._position_in(found)
+            # Pieces are removed oldest first, so those that are left are newer; but none of them may have moved.
+            if position is not None or found == _found(self._path):
+                return found[position or 0 :]
 
-    def _is_packed_as(self, piece: str) -> bool:
+    def _position_in(self, found: list[tuple[str, Identity]]) -> int | None:
+        """Where the pieces after the open one begin; None when it is not among these."""
+        for position, (piece, identity) in enumerate(found, 1):
+            if self._file is not None and (identity == self._identity or self._is_packed_as(piece, identity)):
+                return position
+        return None
+
+    def _is_packed_as(self, piece: str, identity: Identity) -> bool:
         """Whether a compressed piece is what the open one became."""
         if self._file is None or self._packed or not piece.endswith(".gz"):
             return False
         whole = os.fstat(self._file.fileno())
-        check, size = _trailer(piece)
+        check, size = _trailer(piece, identity)
         return size == whole.st_size & 0xFFFFFFFF and check == _crc(self._file.fileno(), whole.st_size)
 
-    def _turn_to(self, piece: str, identity: Identity) -> None:
-        """Open a piece, unless it was renamed or compressed since it was found."""
+    def _turn_to(self, piece: str) -> None:
+        """Open a piece, unless it turns out not to be the next any more."""
         try:
             file = _open(piece)
         except FileNotFoundError:
             return
-        times = Times(piece)
-        if _identity_of(file.fileno()) != identity or _identity(piece) != identity:
+        times, identity = Times(piece), _identity_of(file.fileno())
+        # Asked again while both are open: the number of a file that is gone is given to the next one.
+        if self._newer()[:1] != [(piece, identity)]:
             file.close()
             times.close()
             return
@@ -197,14 +207,14 @@ def _identity_of(fd: int) -> Identity:
     return (status.st_dev, status.st_ino)
 
 
-def _trailer(piece: str) -> tuple[int, int]:
-    """CRC-32 and size, modulo 2**32, of what a gzip file holds (RFC 1952)."""
+def _trailer(piece: str, identity: Identity) -> tuple[int, int]:
+    """CRC-32 and size, modulo 2**32, of what a gzip file holds (RFC 1952); (0, -1) if the piece has moved."""
     try:
         with open(piece, "rb") as packed:
             packed.seek(-8, os.SEEK_END)
             check, size = struct.unpack("<II", packed.read(8))
-            return check, size
-    except OSError:  # renamed or removed meanwhile
+            return (check, size) if _identity_of(packed.fileno()) == identity else (0, -1)
+    except OSError:
         return 0, -1
 
 
