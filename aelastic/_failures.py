@@ -300,6 +300,12 @@ class RankMappingError(ValueError, RuntimeError):
         self.nprocs = nprocs
         self.every = every
 
+    def of(self, run: str) -> RankMappingError:
+        """The same, naming the run it is about."""
+        return RankMappingError(
+            f"{run}: {self.what}", missing=self.missing, extra=self.extra, nprocs=self.nprocs, every=self.every
+        )
+
     def __reduce__(self) -> tuple[Any, ...]:
         choices = {"missing": self.missing, "extra": self.extra, "nprocs": self.nprocs, "every": self.every}
         return (_rebuild_rank_mapping, (self.what, choices))

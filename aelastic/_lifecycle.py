@@ -27,6 +27,8 @@ class State(enum.Enum):
     """Its own process is gone, by itself."""
     STOPPED = enum.auto()
     """Its own process is gone, after it was asked to stop."""
+    UNKILLABLE = enum.auto()
+    """Its own process outlived the last step, and was reported; its exit may come any time later."""
     ENDED = enum.auto()
 
 
@@ -36,22 +38,34 @@ class Fact(enum.Enum):
 
     STOP_ASKED = enum.auto()
     EXIT_SEEN = enum.auto()
+    GIVEN_UP = enum.auto()
+    """Its own process runs on although the last step's time is over."""
     END_REACHED = enum.auto()
     """Nothing of the tree is left, or the last step's time is over."""
 
 
 NEXT: Mapping[State, Mapping[Fact, State]] = {
-    State.RUNNING: {Fact.STOP_ASKED: State.STOPPING, Fact.EXIT_SEEN: State.EXITED},
+    State.RUNNING: {
+        Fact.STOP_ASKED: State.STOPPING,
+        Fact.EXIT_SEEN: State.EXITED,
+        Fact.GIVEN_UP: State.UNKILLABLE,
+    },
     State.STOPPING: {
         Fact.STOP_ASKED: State.STOPPING,
         Fact.EXIT_SEEN: State.STOPPED,
+        Fact.GIVEN_UP: State.UNKILLABLE,
         Fact.END_REACHED: State.ENDED,
     },
     State.EXITED: {Fact.STOP_ASKED: State.EXITED, Fact.END_REACHED: State.ENDED},
     State.STOPPED: {Fact.STOP_ASKED: State.STOPPED, Fact.END_REACHED: State.ENDED},
+    State.UNKILLABLE: {
+        Fact.STOP_ASKED: State.UNKILLABLE,
+        Fact.EXIT_SEEN: State.UNKILLABLE,
+        Fact.END_REACHED: State.UNKILLABLE,
+    },
     State.ENDED: {Fact.STOP_ASKED: State.ENDED, Fact.EXIT_SEEN: State.ENDED},
 }
-"""An unkillable worker reaches its end without an exit, which may then come any time later."""
+"""An exit may be seen after the end: the kernel can say that nothing is left before it tells us of the exit."""
 
 
 def after(rank: int, state: State, fact: Fact) -> State:

@@ -21,11 +21,24 @@ from ._bus import Bus
 from ._conditions import Question
 from ._ending import Cause
 from ._events import Event, GuardLost, JournalLost, RestartScheduled, RunFinished, RunStarted, UsageSampled
+from ._failures import RankMappingError
 from ._function import ForkServer
 from ._guard import SERVER, watch
 from ._health import Ward
 from ._limits import as_start_error
-from ._logs import Console, InheritLogsSpecs, Journal, LineHub, Lines, LogsSpecs, Plans, Route, plan
+from ._logs import (
+    Console,
+    InheritLogsSpecs,
+    Journal,
+    LineHub,
+    Lines,
+    LogsDest,
+    LogsSpecs,
+    Plans,
+    Route,
+    check_dest,
+    plan,
+)
 from ._policies import Step
 from ._process import Cgroups, Tree, choose_cgroups, signal_alone
 from ._results import RunProcsResult, Usage
@@ -276,13 +289,24 @@ class Run:
 
     def _settled(self, attempt: int) -> Terms:
         envs = worker_environments(self.spec, self._host, self.run_id, attempt)
-        dest = self._logs.reify(envs)
+        dest = check_dest(self._reified(envs), self.spec.nprocs, self.spec.name)
         for rank, path in dest.error_files.items():
             if path:
                 envs[rank] |= {"AELASTIC_ERROR_FILE": path, "TORCHELASTIC_ERROR_FILE": path}
         plans = plan(dest, self.spec.nprocs, self.spec.filters)
         self._refuse_pipes_to_keep(plans)
         return Terms(attempt=attempt, envs=envs, dest=dest, plans=plans)
+
+    def _reified(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        try:
+            return self._logs.reify(envs)
+        except OSError as error:
+            if error.errno is None:
+                raise  # a sentence already
+            why = f"{self.spec.name}: its logs have no place: {error.strerror}; name a log_dir that can be written to"
+            raise OSError(error.errno, why, error.filename) from error
+        except RankMappingError as error:
+            raise error.of(self.spec.name) from error
 
     def _refuse_pipes_to_keep(self, plans: Plans) -> None:
         piped = [rank for rank, streams in plans.items() if any(s.route is Route.PIPE for s in streams.values())]

@@ -206,6 +206,8 @@ class Worker:
         if self._monitor is not None:
             self._monitor.hear_the_last()
         self.state = after(self.rank, self.state, Fact.EXIT_SEEN)
+        if self.state is State.UNKILLABLE:
+            return  # its end was told already
         self._publish(
             WorkerExited(
                 rank=self.rank,
@@ -332,6 +334,7 @@ class Worker:
     async def _left_over(self) -> tuple[Survivor, ...]:
         survivors = await self._tree.survivors(self.rank)
         if not self._process.exited.done():
+            self.state = after(self.rank, self.state, Fact.GIVEN_UP)
             state = next((left.state for left in survivors if left.pid == self.pid), "unknown")
             self._publish(WorkerUnkillable(rank=self.rank, pid=self.pid, state=state))
         if survivors:

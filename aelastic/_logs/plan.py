@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
+from aelastic._failures import RankMappingError
 from aelastic._policies import Rotate
 from aelastic._std import STREAMS, Std
 
@@ -126,6 +127,28 @@ class StreamPlan:
     """The file that gets its matching lines; `""` for none."""
     rotate: Rotate | None = None
     timestamps: bool = False
+
+
+BY_RANK = ("stdouts", "stderrs", "tee_stdouts", "tee_stderrs", "error_files", "captures")
+"""Fields of `LogsDest` that are keyed by rank."""
+
+
+def check_dest(dest: object, nprocs: int, who: str) -> LogsDest:
+    """Give back what `LogsSpecs.reify` answered, if it can be used.
+
+    Args:
+        who: the run, for the text.
+
+    Raises:
+        TypeError: if it is no `LogsDest`.
+        RankMappingError: if a mapping names a rank that the run doesn't have.
+    """
+    if not isinstance(dest, LogsDest):
+        raise TypeError(f"{who}: LogsSpecs.reify must return a LogsDest, not {dest!r}")
+    for name in BY_RANK:
+        if extra := sorted(getattr(dest, name).keys() - range(nprocs), key=repr):
+            raise RankMappingError(f"{who}: LogsDest.{name}", missing=(), extra=extra, nprocs=nprocs, every=False)
+    return dest
 
 
 Plans = Mapping[int, Mapping[Std, StreamPlan]]

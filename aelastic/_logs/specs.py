@@ -10,9 +10,10 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import final
 
+from aelastic._failures import RankMappingError
 from aelastic._policies import Rotate
 from aelastic._std import Std, to_map
 
@@ -73,8 +74,15 @@ class DefaultLogsSpecs(LogsSpecs):
         if root is not None and root != os.devnull:
             root = os.path.abspath(root)  # the host may change its directory before the launch
             _check_directory(root)
-        super().__init__(root, redirects, tee, local_ranks_filter)
-        self._capture = capture
+        super().__init__(
+            root,
+            _checked_streams("redirects", redirects),
+            _checked_streams("tee", tee),
+            _checked_ranks(local_ranks_filter),
+        )
+        self._capture = _checked_streams("capture", capture)
+        if rotate is not None and not isinstance(rotate, Rotate):
+            raise TypeError(f"DefaultLogsSpecs.rotate must be a Rotate or None, not {rotate!r}")
         self._rotate = rotate
         self._timestamps = timestamps
         self._prefix = check_prefix(prefix)
@@ -100,10 +108,15 @@ class DefaultLogsSpecs(LogsSpecs):
             envs: by rank; they are not changed.
 
         Raises:
+            RankMappingError: if a setting names a rank that is not in `envs`.
             NotADirectoryError: if the log directory is a file by now.
             OSError: if a directory can't be made; the error names it.
         """
         nprocs = len(envs)
+        for name, setting in (("redirects", self._redirects), ("tee", self._tee), ("capture", self._capture)):
+            if isinstance(setting, Mapping) and (extra := sorted(setting.keys() - range(nprocs))):
+                what = f"DefaultLogsSpecs.{name}"
+                raise RankMappingError(what, missing=(), extra=extra, nprocs=nprocs, every=False)
         if self._root_log_dir == os.devnull:
             return self._without_files(nprocs)
         env = envs.get(0, {})
@@ -196,6 +209,37 @@ def _checked_size(what: str, value: object) -> int:
     if value < 1:
         raise ValueError(f"{what} must be 1 or more, not {value}")
     return value
+
+
+def _checked_streams(name: str, setting: object) -> Std | Mapping[int, Std]:
+    """A setting of streams, for all ranks or rank by rank."""
+    if not isinstance(setting, Mapping):
+        return _checked_std(f"DefaultLogsSpecs.{name}", setting)
+    for rank, std in setting.items():
+        if not _is_rank(rank):
+            raise TypeError(f"DefaultLogsSpecs.{name} must have ranks as its keys, not {rank!r}")
+        _checked_std(f"DefaultLogsSpecs.{name}[{rank}]", std)
+    return setting
+
+
+def _checked_std(what: str, value: object) -> Std:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{what} must be a Std, such as Std.OUT or Std.ALL, not {value!r}")
+    if not Std.NONE <= value <= Std.ALL:
+        raise ValueError(f"{what} is {value}, which names no stream: use 0 none, 1 stdout, 2 stderr, 3 both")
+    return Std(value)
+
+
+def _checked_ranks(ranks: object) -> set[int] | None:
+    if ranks is None:
+        return None
+    if isinstance(ranks, Mapping) or not isinstance(ranks, Collection) or not all(map(_is_rank, ranks)):
+        raise TypeError(f"DefaultLogsSpecs.local_ranks_filter must be a set of ranks or None, not {ranks!r}")
+    return set(ranks)
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_directory(path: str) -> None:

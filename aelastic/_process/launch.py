@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Mapping
@@ -102,6 +104,8 @@ async def launch(command: Command) -> Process:
         OSError: of the errno's class, naming run and rank. What a trampoline meets comes from `Process.confirmed`.
     """
     words = needed_for(command.options, command.rank, command.env, who=command.who, cgroup=command.cgroup)
+    if words is None and _may_be_given_to_a_shell(command):
+        words = ()
     if words is None:
         return await _spawn(command, command.argv, command.pass_fds, None)
     path = resolve(command.program, command.env, command.cwd, who=command.who)
@@ -117,6 +121,34 @@ async def launch(command: Command) -> Process:
         raise
     confirmation.started()
     return process
+
+
+def _may_be_given_to_a_shell(command: Command) -> bool:
+    """Whether the spawn would run by `sh` what the kernel refuses: uvloop's does (execvp(3)), a trampoline doesn't."""
+    if isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop):
+        return False
+    path = os.path.join(command.cwd or "", resolve(command.program, command.env, command.cwd, who=command.who))
+    begin = _beginning(path)
+    return not begin.startswith(b"#!") and _machine(begin) != _own_machine()
+
+
+@functools.cache
+def _own_machine() -> bytes:
+    return _machine(_beginning(sys.executable))
+
+
+def _beginning(path: str) -> bytes:
+    """The first bytes of a file; empty where it can't be read."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read(20)
+    except OSError:
+        return b""
+
+
+def _machine(header: bytes) -> bytes:
+    """What of a binary's header says who can run it: format, word size, byte order and processor (elf(5))."""
+    return header[:6] + header[18:]
 
 
 async def _spawn(

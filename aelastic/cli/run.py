@@ -25,7 +25,7 @@ from .. import (
     start_processes,
 )
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NAMED_FILES = 16
 """So many log files are named one by one at the end."""
 
@@ -91,8 +91,15 @@ def call(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     try:
         return asyncio.run(supervise(options))
     except (OSError, ValueError, TypeError) as error:
-        say(str(error))
+        say(sentence(error))
         return start_code(error)
+
+
+def sentence(error: Exception) -> str:
+    """What went wrong, without the number that only a program reads."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.strerror}: {os.fsdecode(error.filename)}"
 
 
 def start_code(error: Exception) -> int:
@@ -149,7 +156,7 @@ def destination(options: argparse.Namespace) -> LogsSpecs | None:
 
 @final
 class Signals:
-    """SIGINT and SIGTERM while it is entered; what was ignored before (nohup, a shell's background) stays ignored."""
+    """What ends a job, while it is entered; what was ignored before (nohup, a shell's background) stays ignored."""
 
     def __init__(self) -> None:
         self.first = 0

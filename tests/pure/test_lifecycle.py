@@ -18,6 +18,13 @@ def test_a_missing_transition_names_rank_state_and_fact() -> None:
         after(4, State.RUNNING, Fact.END_REACHED)
 
 
+def test_the_exit_of_an_unkillable_worker_changes_nothing_any_more() -> None:
+    given_up = after(0, after(0, State.RUNNING, Fact.STOP_ASKED), Fact.GIVEN_UP)
+    for fact in (Fact.EXIT_SEEN, Fact.END_REACHED, Fact.EXIT_SEEN):
+        given_up = after(0, given_up, fact)
+    assert given_up is State.UNKILLABLE
+
+
 def test_who_exits_first_is_never_counted_as_stopped() -> None:
     exited = after(0, State.RUNNING, Fact.EXIT_SEEN)
     assert after(0, exited, Fact.STOP_ASKED) is State.EXITED

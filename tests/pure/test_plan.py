@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -171,3 +172,22 @@ def test_no_log_specs_means_private_error_files_only(monkeypatch: pytest.MonkeyP
     assert directory.stat().st_mode & 0o077 == 0
     specs.remove()
     assert not directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "says"),
+    [
+        ({"tee": 7}, ValueError, "DefaultLogsSpecs.tee is 7, which names no stream"),
+        ({"redirects": "1"}, TypeError, "DefaultLogsSpecs.redirects must be a Std"),
+        ({"tee": {"0": Std.OUT}}, TypeError, "DefaultLogsSpecs.tee must have ranks as its keys, not '0'"),
+        ({"capture": {0: None}}, TypeError, r"DefaultLogsSpecs.capture\[0\] must be a Std"),
+        ({"rotate": 3}, TypeError, "DefaultLogsSpecs.rotate must be a Rotate"),
+        ({"local_ranks_filter": 3}, TypeError, "DefaultLogsSpecs.local_ranks_filter must be a set of ranks"),
+        ({"local_ranks_filter": {"0"}}, TypeError, "DefaultLogsSpecs.local_ranks_filter must be a set of ranks"),
+    ],
+)
+def test_a_setting_that_cannot_be_meant_is_told_when_it_is_made(
+    settings: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        DefaultLogsSpecs(**settings)

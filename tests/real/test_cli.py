@@ -89,7 +89,7 @@ def test_a_wrong_command_line_exits_with_2(words: tuple[str, ...]) -> None:
     assert "usage: aelastic" in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_the_gang_and_is_the_exit_code(number: signal.Signals) -> None:
     """128 and its number, after everything is gone."""
     with spawn("run", "-n", "2", "--", *RUNS_ON.argv) as process:

@@ -115,8 +115,9 @@ async def test_a_disk_that_recovers_in_time_loses_nothing(tmp_path: Path, monkey
     assert watched.lost == []
 
 
-async def test_each_time_output_is_lost_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a disk works again, a second failure is announced again."""
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """While it is set, every write is an I/O error; little patience is had with it."""
     monkeypatch.setattr(files_file, "GRACE", 0.05)
     monkeypatch.setattr(files_file, "LONGEST_PAUSE", 0.05)
     broken = threading.Event()
@@ -128,6 +129,11 @@ async def test_each_time_output_is_lost_it_is_told(tmp_path: Path, monkeypatch: 
         return real(fd, pieces)
 
     monkeypatch.setattr(os, "writev", failing)
+    return broken
+
+
+async def test_each_time_output_is_lost_it_is_told(tmp_path: Path, broken: threading.Event) -> None:
+    """After a disk works again, a second failure is announced again."""
     async with opened(tmp_path / "out.log") as watched:
         for number in (1, 2):
             broken.set()
@@ -140,19 +146,8 @@ async def test_each_time_output_is_lost_it_is_told(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "out.log").read_bytes() == b"kept1kept2"
 
 
-async def test_a_disk_that_works_again_is_written_to_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_disk_that_works_again_is_written_to_at_once(tmp_path: Path, broken: threading.Event) -> None:
     """After a loss and a long silence the next byte is tried, however small: it doesn't wait for the end."""
-    monkeypatch.setattr(files_file, "GRACE", 0.05)
-    monkeypatch.setattr(files_file, "LONGEST_PAUSE", 0.05)
-    broken = threading.Event()
-    real = os.writev
-
-    def failing(fd: int, pieces: Sequence[bytes]) -> int:
-        if broken.is_set():
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(fd, pieces)
-
-    monkeypatch.setattr(os, "writev", failing)
     broken.set()
     async with opened(tmp_path / "out.log") as watched:
         watched.sink.put(b"lost", 0)

@@ -450,7 +450,7 @@ async def test_a_pid_that_came_to_mean_another_is_not_hit() -> None:
         "    watched = await watch('odd', stop=StopPolicy(on_supervisor_death='kill'), journal='',\n"
         "                          on_lost=print, executor=ThreadPoolExecutor(1))\n"
         f"    watched.worker(0, {stranger.pid}, {started - 500})\n"
-        "    await asyncio.sleep(0.1)\n"
+        "    watched._flush()\n"
         "    os.kill(os.getpid(), 9)\n"
         "asyncio.run(main())\n"
     )

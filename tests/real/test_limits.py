@@ -17,7 +17,17 @@ from typing import Any
 
 import pytest
 
-from aelastic import DefaultLogsSpecs, PContext, Std, StopPolicy, WorkerOptions, WorkerUnkillable, start_processes
+from aelastic import (
+    DefaultLogsSpecs,
+    PContext,
+    Std,
+    StopPolicy,
+    Survivor,
+    WorkerExited,
+    WorkerOptions,
+    WorkerUnkillable,
+    start_processes,
+)
 from aelastic._child import forked
 from aelastic._process import census, launch, tree
 from tests.real import children
@@ -224,6 +234,27 @@ def test_a_start_that_runs_out_of_processes_or_threads_anywhere_leaves_nothing(m
     for number, text in told:
         assert number == errno.EAGAIN
         assert "no process or thread can be added: this user may have" in text
+
+
+async def test_the_exit_of_a_worker_that_was_reported_unkillable_is_no_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its end is told once, although it obeys in the moment in which it is given up."""
+    monkeypatch.setattr(tree, "KILL_GRACE", 0.1)
+    survivors = tree.Tree.survivors
+
+    async def seen_and_let_go(self: tree.Tree, rank: int) -> tuple[Survivor, ...]:
+        seen = await survivors(self, rank)
+        children.thaw(pid)
+        return seen
+
+    stop = StopPolicy(steps=((signal.SIGKILL, 0.1),), drain=5.0)
+    ctx = await start(RUNS_ON, logs_specs=capture(), stop=stop)
+    await ready(ctx)
+    pid = ctx.pids()[0]
+    monkeypatch.setattr(tree.Tree, "survivors", seen_and_let_go)
+    with children.frozen(pid):
+        await ctx.close()
+    ends = [event for event in await all_events(ctx) if isinstance(event, (WorkerExited, WorkerUnkillable))]
+    assert [type(event) for event in ends] == [WorkerUnkillable]
 
 
 async def test_an_unkillable_worker_is_reported_in_time_with_state_and_wait_channel(

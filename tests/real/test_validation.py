@@ -12,7 +12,17 @@ from typing import Any
 
 import pytest
 
-from aelastic import DefaultLogsSpecs, RankMappingError, Starting, StopPolicy, WorkerOptions, start_processes
+from aelastic import (
+    DefaultLogsSpecs,
+    LogsDest,
+    LogsSpecs,
+    RankMappingError,
+    Starting,
+    Std,
+    StopPolicy,
+    WorkerOptions,
+    start_processes,
+)
 from tests.real.runs import RUNS_ON_ARGS, capture, start
 from tests.ways_to_die import NO_STARTS, RUNS_ON, NoStart
 
@@ -31,6 +41,33 @@ class Wrong:
 
     def __str__(self) -> str:
         return self.what.replace(" ", "-")
+
+
+class OddLogs(LogsSpecs):
+    """Answers whatever it was given."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self._answer = answer
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:  # the seam's signature
+        answer: LogsDest = self._answer
+        return answer
+
+    @property
+    def root_log_dir(self) -> str:
+        return ""
+
+
+STRANGE = LogsDest(stdouts={9: "/dev/null"})
+
+
+def odd_logs(answer: Any) -> dict[str, Any]:
+    return {"logs_specs": OddLogs(answer)}
+
+
+def logs(**settings: Any) -> dict[str, Any]:
+    return {"logs_specs": DefaultLogsSpecs(os.devnull, **settings)}
 
 
 WRONG = (
@@ -69,6 +106,10 @@ WRONG = (
     Wrong("options a dict", TypeError, "options must be a WorkerOptions", more={"options": {"nice": 1}}),
     Wrong("stop a number", TypeError, "stop must be a StopPolicy", more={"stop": 30}),
     Wrong("unknown cpus", RankMappingError, "cpus has entries for 4", more={"options": WorkerOptions(cpus={4: {0}})}),
+    Wrong("unknown tee", RankMappingError, "job: DefaultLogsSpecs.tee has entries for 7", more=logs(tee={7: Std.OUT})),
+    Wrong("unknown capture", RankMappingError, "DefaultLogsSpecs.capture has entries for 2", more=logs(capture={2: 1})),
+    Wrong("unknown file", RankMappingError, "job: LogsDest.stdouts has entries for 9", more=odd_logs(STRANGE)),
+    Wrong("no destination", TypeError, "job: LogsSpecs.reify must return a LogsDest, not None", more=odd_logs(None)),
     Wrong(
         "keep with a pipe",
         ValueError,
@@ -153,8 +194,8 @@ async def test_a_log_dir_that_is_a_file_is_told(tmp_path: Path) -> None:
 
 
 async def test_a_log_dir_that_cannot_be_made_is_told() -> None:
-    """The error names it; nothing was started."""
-    with pytest.raises(OSError, match="/proc/none"):
+    """The error names the run, the directory and what to do; nothing was started."""
+    with pytest.raises(FileNotFoundError, match=r"job: its logs have no place: .* name a log_dir .*'/proc/none'"):
         await start_processes("job", "true", args={0: ()}, logs_specs=DefaultLogsSpecs("/proc/none"))
 
 
@@ -226,3 +267,14 @@ async def test_arguments_are_passed_as_they_are(tmp_path: Path) -> None:
 
 def tail(args: Any) -> tuple[Any, ...]:
     return (args,) if isinstance(args, str) else args
+
+
+@pytest.mark.parametrize("content", ["echo by a shell\n", "\x7fELF\x02\x01\x01"], ids=["no-interpreter", "odd-binary"])
+async def test_what_the_kernel_cannot_execute_is_refused(content: str, tmp_path: Path) -> None:
+    """No shell makes a guess at it, on any loop."""
+    program = tmp_path / "program"
+    program.write_text(content)
+    program.chmod(0o755)
+    with pytest.raises(OSError, match="job rank 0 can't be started: ") as caught:
+        await start_processes("job", str(program), args={0: ()})
+    assert caught.value.errno == errno.ENOEXEC
