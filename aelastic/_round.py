@@ -154,6 +154,8 @@ class Round:
         except BaseException as error:
             self._stop_for_failure(f"the start did not succeed: {error}")
             await self._all_over()
+            if self._error is not None and isinstance(error, StartAbandoned):
+                raise self._error from None  # which is why it was abandoned
             raise
         self._contagion.all_started()
 

@@ -51,7 +51,9 @@ class Desk:
         self._left_at_last_look = 0
         self._called = False
         self._jobs = 0
-        self._later: dict[float, list[Callable[[], None]]] = {}
+        self._next_look: asyncio.TimerHandle | None = None
+        self._later: dict[float, tuple[asyncio.TimerHandle, list[Callable[[], None]]]] = {}
+        """By time: its one timer, and whom it calls."""
 
     @classmethod
     def of(cls, executor: Executor) -> Desk:
@@ -64,13 +66,22 @@ class Desk:
     def at(self, when: float, ask: Callable[[], None]) -> None:
         """Call `ask` in the loop at a time of the loop's clock; all that wait for one time have one timer."""
         if when in self._later:
-            self._later[when].append(ask)
+            self._later[when][1].append(ask)
         else:
-            self._later[when] = [ask]
-            asyncio.get_running_loop().call_at(when, self._due, when)
+            self._later[when] = asyncio.get_running_loop().call_at(when, self._due, when), [ask]
+
+    def not_at(self, when: float, ask: Callable[[], None]) -> None:
+        """Take that back, if it is still to come; the last one takes the timer along, which would keep a run alive."""
+        timer, asks = self._later.get(when, (None, []))
+        if ask in asks:
+            asks.remove(ask)
+        if timer is not None and not asks:
+            timer.cancel()
+            del self._later[when]
 
     def _due(self, when: float) -> None:
-        for ask in self._later.pop(when):
+        _, asks = self._later.pop(when)
+        for ask in asks:
             ask()
 
     def ask(self, call: Callable[[], None], tell: Callable[[BaseException | None], None]) -> None:
@@ -109,8 +120,8 @@ class Desk:
     def _start(self) -> None:
         self._called = False
         self._start_job()
-        if self._jobs == 1:
-            asyncio.get_running_loop().call_later(LOOK_EVERY, self._look)
+        if self._next_look is None:
+            self._next_look = asyncio.get_running_loop().call_later(LOOK_EVERY, self._look)
 
     def _start_job(self) -> None:
         if (executor := self._executor()) is not None:
@@ -128,6 +139,9 @@ class Desk:
 
     def _job_done(self, job: asyncio.Future[None]) -> None:
         self._jobs -= 1
+        if not self._jobs and self._next_look is not None:
+            self._next_look.cancel()
+            self._next_look = None
         self._hand_out()
         job.result()
 
@@ -136,8 +150,7 @@ class Desk:
         if self._asked and len(self._asked) == self._left_at_last_look and self._jobs < MOST_JOBS:
             self._start_job()  # a file hangs: those behind it go on without it
         self._left_at_last_look = len(self._asked)
-        if self._jobs:
-            asyncio.get_running_loop().call_later(LOOK_EVERY, self._look)
+        self._next_look = asyncio.get_running_loop().call_later(LOOK_EVERY, self._look) if self._jobs else None
 
     def _hand_out(self) -> None:
         finished: list[_Errand] = []

@@ -176,6 +176,7 @@ class FileSink:
         A disk that doesn't answer for 5 s is given up: what it holds is counted as lost.
         """
         self._finishing = True
+        self._desk.not_at(self._next_small, self._write_small)
         if self._task is None:
             return
         self._look_for_more()

@@ -27,6 +27,8 @@ from aelastic import (
     WorkerStarted,
     start_processes,
 )
+from aelastic._attempt import StartAbandoned
+from aelastic._gang import Gang
 from aelastic._guard import Watch
 from tests.real import jobs
 from tests.real.runs import PATIENT, QUICK, all_events, capture, redirect
@@ -167,11 +169,29 @@ async def test_a_failure_may_be_refused_another_attempt() -> None:
 
 @SCOPES
 async def test_a_bug_in_retriable_fails_the_run_aloud(scope: str) -> None:
-    """It is raised when everything is gone."""
+    """It is raised when everything is gone, by the start where that is still under way."""
     policy = restart(scope=scope, retriable=lambda failure: bool(failure.rank / 0))
-    ctx = await sh("exit 3", "exec sleep 60", restart=policy)
     with pytest.raises(ZeroDivisionError):
-        await ctx.wait()
+        await (await sh("exit 3", "exec sleep 60", restart=policy)).wait()
+
+
+async def test_a_bug_in_retriable_is_what_a_start_raises_that_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that the start was abandoned, which is only its consequence."""
+    first: list[Gang] = []
+    start = Gang.start
+
+    async def held_up(self: Gang) -> None:
+        first.append(self)
+        await start(self)
+        if len(first) == 2:  # the second rank's: the first's has ended, and its policy was asked
+            while not first[0].over or self._stopped is None:
+                await asyncio.sleep(0.001)
+            raise StartAbandoned("stopped meanwhile")
+
+    monkeypatch.setattr(Gang, "start", held_up)
+    policy = restart(scope="rank", retriable=lambda failure: bool(failure.rank / 0))
+    with pytest.raises(ZeroDivisionError):
+        await sh("exit 3", "exec sleep 60", restart=policy)
 
 
 @SCOPES
