@@ -97,7 +97,7 @@ class Watch:
         self._retry: asyncio.TimerHandle | None = None
         self._released = False
 
-    def worker(self, rank: int, pid: int, held_ticks: int) -> None:
+    def worker(self, rank: int, pid: int, pidfd: int | None, held_ticks: int) -> None:
         """Name a worker to the guard; it takes the place of the rank's former one.
 
         Lines of workers that start one after the other go together: each by itself would wake the guard, which takes
@@ -105,11 +105,13 @@ class Watch:
 
         Args:
             pid: our child, leader of its own session.
+            pidfd: of it; None where there are none.
             held_ticks: clock ticks since boot at which the pid was certainly its own; 0 when that isn't known.
         """
         if not held_ticks:
             return  # ended and collected already: what it left behind is found by its lineage
-        self._workers[rank] = line = f"worker {self.run_id} {rank} {pid} {held_ticks}\n"
+        inode = 0 if pidfd is None else procfs.inode_of(pidfd)
+        self._workers[rank] = line = f"worker {self.run_id} {rank} {pid} {held_ticks} {inode}\n"
         self._unsaid += line
         if self._retry is None:
             self._retry = self.loop.call_later(TOGETHER_SECONDS, self._flush)
@@ -247,7 +249,7 @@ class GuardProcess:
         finally:
             os.close(reading)
         self.pid = self._process.pid
-        self.sentry = _open_pidfd(self.pid)
+        self.sentry = procfs.open_pidfd(self.pid)
         self.started = time.monotonic()
         self._backlog = b""
 
@@ -297,13 +299,6 @@ def _not_started(error: OSError) -> OSError:
     return OSError(
         error.errno, f"the guard process could not be started: {shortage(error.errno or 0) or error.strerror}"
     )
-
-
-def _open_pidfd(pid: int) -> int:
-    try:
-        return os.pidfd_open(pid)
-    except (OSError, AttributeError):  # no such system call: the guard's end is seen when it is asked to end
-        return -1
 
 
 @final

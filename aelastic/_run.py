@@ -224,7 +224,7 @@ class Run:
         server = ForkServer(
             self.spec.name,
             self.spec.options,
-            on_started=lambda process: watched.worker(SERVER, process.pid, process.held_ticks),
+            on_started=lambda process: watched.worker(SERVER, process.pid, process.pidfd, process.held_ticks),
         )
         stack.push_async_callback(server.close)
         console = Console()

@@ -5,7 +5,7 @@ death: its pidfd (a host that forked leaves the pipe open in its child) and the 
 exec'd lives on under its pid). The pipe also tells it what to look after, one line a fact:
 
     run RUN_ID POLICY GRACE SIGNAL SINCE JOURNAL CGROUP    its begin; two paths in hexadecimal, or -
-    worker RUN_ID RANK PID SEEN                            when the pid was certainly its own
+    worker RUN_ID RANK PID HELD INODE                      when the pid was certainly its own; of its pidfds
     end RUN_ID                                             nothing of this run is left
 
 Times are clock ticks since boot.
@@ -29,40 +29,10 @@ if __name__ == "__main__":  # as a file it has no package (PEP 366); -I keeps it
     sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     __package__ = "_child"
 
-from .orphans import Leader, Orphans, Run, end_all, record, write_records
+from .ledger import Leader, Ledger
+from .orphans import Orphans, end_all, record, write_records
 
 CHUNK = 64 * 1024
-
-
-class Ledger:
-    """What the supervisor told, line by line."""
-
-    def __init__(self) -> None:
-        self.runs: dict[str, Run] = {}
-        self._unfinished = b""
-
-    def feed(self, chunk: bytes) -> list[Leader]:
-        """Read a piece of the pipe.
-
-        Returns:
-            Workers that are alive and new.
-        """
-        *lines, self._unfinished = (self._unfinished + chunk).split(b"\n")
-        employed = [self._read(line.decode().split(" ")) for line in lines]
-        return [leader for leader in employed if leader is not None and leader.fd >= 0]
-
-    def _read(self, words: list[str]) -> Leader | None:
-        match words:
-            case ["run", run_id, policy, grace, first, since, *paths]:
-                journal, cgroup = ("" if path == "-" else os.fsdecode(bytes.fromhex(path)) for path in paths)
-                self.runs[run_id] = Run(run_id, policy, float(grace), int(first), int(since), journal, cgroup)
-            case ["worker", run_id, rank, pid, seen] if run_id in self.runs:
-                leader = Leader(int(rank), int(pid), int(seen))
-                self.runs[run_id].employ(leader)
-                return leader
-            case ["end", run_id] if run_id in self.runs:
-                self.runs.pop(run_id).close()
-        return None
 
 
 class Guard:

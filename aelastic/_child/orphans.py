@@ -12,6 +12,7 @@ import signal
 import time
 
 from . import cgroupfs, procfs
+from .ledger import Run
 from .procfs import Member
 
 PATIENCE = 5.0
@@ -24,108 +25,6 @@ CHASES, NEWEST = 8, 32
 """How often in each round the newest processes are looked at once more, and how many of them."""
 RECORDS = 1000
 """Signals that a journal lists one by one."""
-PIDFD_SIGNAL_PROCESS_GROUP = 4
-"""Source: pidfd_send_signal(2), Linux 6.9."""
-
-
-class Leader:
-    """A worker's first process, whose pid is also the number of its group and session.
-
-    Args:
-        seen: clock ticks at which the pid was certainly its own; who began later is another.
-    """
-
-    def __init__(self, rank: int, pid: int, seen: int) -> None:
-        self.rank = rank
-        self.pid = pid
-        self.until: int | None = seen
-        """Ticks until which it is known to have held its pid; None while it lives."""
-        self.fd = _open_pidfd(pid)
-        started = procfs.started_ticks(pid) if self.fd >= 0 else None
-        if started is not None and started <= seen:
-            self.until = None
-        else:
-            self.close()
-
-    def exited(self) -> None:
-        """Note that it has ended now."""
-        self.until = procfs.now_ticks()
-
-    def claims(self, member: Member) -> bool:
-        """Whether a process in its group or session is its descendant, and not of a later owner of the number."""
-        return self.signal_group(0) or (self.until is not None and member.started < self.until)
-
-    def signal_group(self, sig: int) -> bool:
-        """Signal its group as one, also after its own end; False when nobody is in it, or the kernel can't."""
-        if self.fd < 0:
-            return False
-        try:
-            signal.pidfd_send_signal(self.fd, sig, None, PIDFD_SIGNAL_PROCESS_GROUP)
-        except PermissionError:
-            return True
-        except OSError:
-            return self.until is None and sig == 0
-        return True
-
-    def close(self) -> None:
-        """Give the descriptor back; idempotent."""
-        if self.fd >= 0:
-            os.close(self.fd)
-        self.fd = -1
-
-
-class Run:
-    """A run as the supervisor described it.
-
-    Args:
-        policy: `stop`, `kill` or `keep`.
-        grace: seconds between `first` and SIGKILL.
-        first: number of the signal that asks.
-        since: clock ticks at which it began; what is older is none of it.
-        journal: path of the journal; empty when there is none.
-        cgroup: the folder that holds its cgroups; empty when it has none.
-    """
-
-    def __init__(
-        self, run_id: str, policy: str, grace: float, first: int, since: int, journal: str, cgroup: str
-    ) -> None:
-        self.run_id = run_id
-        self.since = since
-        self.policy = policy
-        self.grace = grace
-        self.first = first
-        self.journal = journal
-        self.cgroup = cgroup
-        self.leaders: dict[int, Leader] = {}
-        """By rank."""
-        self._by_pid: dict[int, Leader] = {}
-
-    def employ(self, leader: Leader) -> None:
-        """Take note of a worker; the former one of its rank, and all that came from it, is known to be gone."""
-        former = self.leaders.get(leader.rank)
-        if former is not None:
-            self._by_pid.pop(former.pid, None)
-            former.close()
-        self.leaders[leader.rank] = self._by_pid[leader.pid] = leader
-
-    def leader_of(self, member: Member) -> Leader | None:
-        """The worker whose group or session a process is in."""
-        for number in (member.group, member.session):
-            leader = self._by_pid.get(number)
-            if leader is not None and leader.claims(member):
-                return leader
-        return None
-
-    def contains(self, pid: int) -> bool:
-        """Whether a process is in one of its cgroups."""
-        return bool(self.cgroup) and f"/{os.path.basename(self.cgroup)}/" in procfs.cgroup_of(pid)
-
-    def close(self) -> None:
-        """Forget its workers."""
-        for leader in self.leaders.values():
-            leader.close()
-        self.leaders.clear()
-        self._by_pid.clear()
 
 
 class Held:
@@ -248,7 +147,7 @@ class Orphans:
 
     def _take(self, member: Member) -> bool:
         """Hold a process, if it is still the one that was judged."""
-        fd = _open_pidfd(member.pid)
+        fd = procfs.open_pidfd(member.pid)
         now = procfs.read_member(member.pid)
         if now is None or not now.alive or now.identity != member.identity or not self._is_ours(now):
             if fd >= 0:
@@ -336,14 +235,6 @@ def _readable(fd: int, seconds: float) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(seconds * 1000))
-
-
-def _open_pidfd(pid: int) -> int:
-    """A descriptor of the process; -1 when it is gone, or the kernel has no such thing."""
-    try:
-        return os.pidfd_open(pid)
-    except (OSError, AttributeError):
-        return -1
 
 
 def _survivor(held: Held) -> dict[str, object]:

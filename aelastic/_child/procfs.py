@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import time
 
 LINEAGE = b"AELASTIC_LINEAGE"
@@ -117,6 +118,24 @@ def started_ticks(pid: int) -> int | None:
     """When a process started, in clock ticks since boot; None when it is gone."""
     member = read_member(pid, lineage=False)
     return None if member is None else member.started
+
+
+def open_pidfd(pid: int) -> int:
+    """A descriptor of the process; -1 when it is gone, none is left, or the system has no such thing."""
+    try:
+        return os.pidfd_open(pid)
+    except (OSError, AttributeError):
+        return -1
+
+
+def inode_of(pidfd: int) -> int:
+    """A number that no other process gets until the next boot; 0 before Linux 6.9, where all pidfds share one."""
+    it = os.fstat(pidfd)
+    try:
+        with select.epoll() as other:
+            return 0 if it.st_dev == os.fstat(other.fileno()).st_dev else it.st_ino
+    except OSError:  # no descriptor left to compare with
+        return 0
 
 
 def read_variable(pid: int, name: bytes) -> str:

@@ -22,10 +22,10 @@ from typing import Any
 import pytest
 
 from aelastic import GuardLost, StopPolicy, start_processes
-from aelastic._child import procfs
+from aelastic._child import ledger, procfs
 from aelastic._guard import Watch, watch
 from tests import leaks
-from tests.real.children import process_of_pid
+from tests.real.children import process_of_pid, python
 from tests.ways_to_die import PYTHON
 from tests.zoo import DEAF_CHILD, OBEDIENT, OWN_SESSION
 
@@ -439,7 +439,7 @@ async def test_a_stopped_guard_is_replaced_when_it_reads_too_little(monkeypatch:
         async with asyncio.timeout(NET):
             while not lost:
                 for _ in range(100):
-                    mine.worker(0, os.getpid(), procfs.now_ticks())
+                    mine.worker(0, os.getpid(), None, procfs.now_ticks())
                 await asyncio.sleep(0)
         await mine.release()
     assert os.getpid() not in guards().values()
@@ -458,7 +458,7 @@ async def test_a_pid_that_came_to_mean_another_is_not_hit() -> None:
         "async def main():\n"
         "    watched = await watch('odd', stop=StopPolicy(on_supervisor_death='kill'), journal='',\n"
         "                          on_lost=print, executor=ThreadPoolExecutor(1))\n"
-        f"    watched.worker(0, {stranger.pid}, {started - 500})\n"
+        f"    watched.worker(0, {stranger.pid}, None, {started - 500})\n"
         "    watched._flush()\n"
         "    os.kill(os.getpid(), 9)\n"
         "asyncio.run(main())\n"
@@ -477,6 +477,7 @@ async def test_a_stranger_that_got_the_number_of_a_worker_lives(policy: str) -> 
     """A pid that is reused for real, by the leader of a session and group of that number; the others are ended."""
     source = '[ "$AELASTIC_RANK" = 1 ] && { echo alive; exec sleep 600; }; echo $$'
     async with supervisor(("sh", "-c", source), ranks=2, stop={"on_supervisor_death": policy}) as zoo:
+        await zoo.said("starting")
         said = [(await zoo.reader.readline()).decode().strip() for _ in range(2)]
         (freed,) = [int(line) for line in said if line.isdecimal()]
         while os.path.exists(f"/proc/{freed}"):
@@ -486,3 +487,42 @@ async def test_a_stranger_that_got_the_number_of_a_worker_lives(policy: str) -> 
             assert await zoo.gone() < GRACE + BOUND
             await guards_gone(zoo.process.pid)
             assert os.waitpid(stranger, os.WNOHANG) == (0, 0)
+
+
+@pytest.mark.parametrize("policy", ["stop", "kill"])
+async def test_a_stranger_lives_also_when_the_guard_hears_late_that_the_number_is_free(policy: str) -> None:
+    """On a busy machine a number is used again before the guard has seen the end of the worker that had it."""
+    source = "signal.pthread_sigmask(signal.SIG_BLOCK, {10}); print(os.getpid(), flush=True); signal.sigwait({10})"
+    async with supervisor(python(source), ranks=2, stop={"on_supervisor_death": policy}) as zoo:
+        await zoo.said("starting")
+        freed, _ = [int(await zoo.reader.readline()) for _ in range(2)]
+        guard = await guard_of(zoo.process.pid)
+        while sum("pidfd" in link for link in holds(guard)) < 3:  # the supervisor's, and a worker's each
+            await asyncio.sleep(0.002)
+        os.kill(guard, signal.SIGSTOP)
+        os.kill(freed, signal.SIGUSR1)
+        while os.path.exists(f"/proc/{freed}"):
+            await asyncio.sleep(0.002)
+        with process_of_pid(freed) as stranger:
+            await asyncio.sleep(2 / procfs.TICKS_A_SECOND)  # the guard's clock shall be past the stranger's birth
+            os.kill(guard, signal.SIGCONT)
+            assert await zoo.gone() < GRACE + BOUND
+            await guards_gone(zoo.process.pid)
+            assert os.waitpid(stranger, os.WNOHANG) == (0, 0)
+
+
+async def test_a_number_used_again_in_the_same_tick_is_known_by_its_pidfd() -> None:
+    """Two processes of one number may show one start time, ten milliseconds wide."""
+    first, second = [await asyncio.create_subprocess_exec("sleep", "600") for _ in range(2)]
+    fds = [os.pidfd_open(child.pid) for child in (first, second)]
+    inodes = [procfs.inode_of(fd) for fd in fds]
+    if not inodes[0]:
+        pytest.skip("pidfds have no numbers of their own before Linux 6.9")
+    for child, inode, meant in [(first, inodes[0], True), (first, inodes[1], False), (second, inodes[1], True)]:
+        leader = ledger.Leader(0, child.pid, procfs.now_ticks(), inode)
+        assert (leader.fd >= 0) is meant
+        leader.close()
+    for child, fd in zip((first, second), fds, strict=True):
+        os.close(fd)
+        child.kill()
+        await child.wait()

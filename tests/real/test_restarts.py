@@ -334,9 +334,9 @@ async def test_the_guard_knows_each_incarnation(monkeypatch: pytest.MonkeyPatch)
     told: list[tuple[int, int]] = []
     tell = Watch.worker
 
-    def worker(self: Watch, rank: int, pid: int, held_ticks: int) -> None:
+    def worker(self: Watch, rank: int, pid: int, pidfd: int | None, held_ticks: int) -> None:
         told.append((rank, pid))
-        tell(self, rank, pid, held_ticks)
+        tell(self, rank, pid, pidfd, held_ticks)
 
     monkeypatch.setattr(Watch, "worker", worker)
     async with sh("exit 3", restart=restart(2)) as ctx:
