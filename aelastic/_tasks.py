@@ -32,10 +32,18 @@ class ServiceTask(asyncio.Task[T]):
     on_cancel: Callable[[], None] | None = None
 
     def cancel(self, msg: Any | None = None) -> bool:  # noqa: ARG002  # asyncio's signature
-        """Pass the request on; always False, because nothing is thrown into the task."""
+        """Pass the request on in the loop's next turn; always False, because nothing is thrown into the task.
+
+        `asyncio.run` cancels while no loop is running, and then turns it again.
+        """
+        loop = self.get_loop()
+        if not (self.done() or loop.is_closed()):
+            loop.call_soon(self._ask)
+        return False
+
+    def _ask(self) -> None:
         if self.on_cancel is not None and not self.done():
             self.on_cancel()
-        return False
 
 
 def service(coro: Coroutine[Any, Any, T], *, name: str, on_cancel: Callable[[], None] | None = None) -> ServiceTask[T]:
@@ -44,7 +52,7 @@ def service(coro: Coroutine[Any, Any, T], *, name: str, on_cancel: Callable[[], 
     Args:
         coro: what to run; its owner has a way of its own to end it.
         name: shown in asyncio's debug output.
-        on_cancel: called when anyone cancels the task.
+        on_cancel: called in the loop after anyone has cancelled the task.
     """
     task = ServiceTask(coro, loop=asyncio.get_running_loop(), name=name)
     task.on_cancel = on_cancel

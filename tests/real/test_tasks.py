@@ -65,3 +65,26 @@ async def test_outlast_gives_the_result_to_a_caller_that_nobody_cancelled() -> N
     future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     asyncio.get_running_loop().call_soon(future.set_result, 7)
     assert await outlast(future) == 7
+
+
+@pytest.mark.parametrize("module", ["asyncio", "uvloop"])
+def test_a_service_that_the_end_of_the_loop_cancels_is_asked_while_the_loop_runs(module: str) -> None:
+    """`asyncio.run` cancels from outside; who is asked there has no running loop to work with."""
+    asked_in: list[asyncio.AbstractEventLoop] = []
+    services = []
+
+    async def forgetful() -> None:
+        asked = asyncio.Event()
+        services.append(
+            service(
+                asked.wait(),
+                name="forgotten",
+                on_cancel=lambda: (asked_in.append(asyncio.get_running_loop()), asked.set())[0],
+            )
+        )
+
+    with asyncio.Runner(loop_factory=pytest.importorskip(module).new_event_loop) as runner:
+        loop = runner.get_loop()
+        runner.run(forgetful())
+    assert asked_in == [loop]
+    assert services[0].result()
