@@ -11,7 +11,7 @@ from typing import Any
 def live(argv: tuple[str, ...]) -> None:
     """Live and end as a command of the list of ways to die does: its line of Python is run here, a shell as a child."""
     *flags, program = argv
-    if flags[-1] == "-c" and os.path.samefile(flags[0], sys.executable):
+    if flags[-1] == "-c" and os.path.realpath(flags[0]) == os.path.realpath(sys.executable):
         exec(program, {"__name__": "line"})
     else:
         code = os.spawnvp(os.P_WAIT, argv[0], argv)

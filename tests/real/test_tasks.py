@@ -75,13 +75,12 @@ def test_a_service_that_the_end_of_the_loop_cancels_is_asked_while_the_loop_runs
 
     async def forgetful() -> None:
         asked = asyncio.Event()
-        services.append(
-            service(
-                asked.wait(),
-                name="forgotten",
-                on_cancel=lambda: (asked_in.append(asyncio.get_running_loop()), asked.set())[0],
-            )
-        )
+
+        def ask() -> None:
+            asked_in.append(asyncio.get_running_loop())
+            asked.set()
+
+        services.append(service(asked.wait(), name="forgotten", on_cancel=ask))
 
     with asyncio.Runner(loop_factory=pytest.importorskip(module).new_event_loop) as runner:
         loop = runner.get_loop()
