@@ -7,6 +7,7 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -43,6 +44,18 @@ def pytest_sessionstart() -> None:
                 runner.run(_warm_up())
         except pytest.skip.Exception:
             sys.stderr.write(f"{name} is not installed: its tests are skipped\n")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand the table of the zoo to the process that prints it, where tests run in several."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["matrix"] = matrix.to_plain()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take the part of the table that one of the several processes has filled."""
+    matrix.take(getattr(node, "workeroutput", {}).get("matrix", []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
 from tests.zoo import TREES, Tree
 
@@ -19,6 +20,18 @@ def record(way: str, method: str, left: Collection[Tree]) -> None:
 def has_cells() -> bool:
     """Whether anything was noted."""
     return bool(_cells)
+
+
+def to_plain() -> list[list[object]]:
+    """What was noted in this process, for the one that prints it."""
+    return [[way, method, [str(tree) for tree in left]] for (way, method), left in _cells.items()]
+
+
+def take(noted: list[list[Any]]) -> None:
+    """Note what another process of the session noted."""
+    named = {str(tree): tree for tree in TREES}
+    for way, method, left in noted:
+        record(way, method, [named[name] for name in left])
 
 
 def lines() -> Iterator[str]:
