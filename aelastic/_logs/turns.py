@@ -127,7 +127,10 @@ class Turns:
     def _give_turns(self) -> None:
         now = time.perf_counter()
         end = now + ITERATION
-        while self._queue and now < end:
+        # One turn each: a disk that has written its batch gets the next one from the loop, and must not wait for it.
+        for _ in range(len(self._queue)):
+            if now >= end:
+                break
             reader = self._queue.popleft()
             self._queued.discard(reader)
             if reader.read(min(now + TURN, end)):

@@ -43,7 +43,7 @@ def test_each_command_sets_itself_up(heading: str) -> None:
 def test_the_gate_runs_the_readmes_test_command() -> None:
     """`.ci/run` reads it from here; the suite you are in is what it runs."""
     assert "## Run the tests" in (ROOT / ".ci/run").read_text(encoding="utf-8")
-    assert block("Run the tests", "sh").rstrip().endswith("-m pytest")
+    assert block("Run the tests", "sh").rstrip().partition(" && ")[2].endswith("-m pytest -n 2 --dist worksteal")
 
 
 def test_the_main_job_runs(tmp_path: Path) -> None:
