@@ -101,7 +101,7 @@ class Watch:
         """Name a worker to the guard; it takes the place of the rank's former one.
 
         Lines of workers that start one after the other go together: each by itself would wake the guard, which takes
-        the processor from those who start. What was started in the last moment is found by its lineage.
+        the processor from those who start. They go at the latest with `flush`, or `TOGETHER_SECONDS` later.
 
         Args:
             pid: our child, leader of its own session.
@@ -114,7 +114,7 @@ class Watch:
         self._workers[rank] = line = f"worker {self.run_id} {rank} {pid} {held_ticks} {inode}\n"
         self._unsaid += line
         if self._retry is None:
-            self._retry = self.loop.call_later(TOGETHER_SECONDS, self._flush)
+            self._retry = self.loop.call_later(TOGETHER_SECONDS, self.flush)
 
     @property
     def lines(self) -> str:
@@ -203,10 +203,12 @@ class Watch:
                 told = True
                 due = time.monotonic() + RESTART_SECONDS
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """Pass on what is to be said, and try a full pipe again until the guard has read what waits for it."""
+        if self._retry is not None:
+            self._retry.cancel()
         said, self._unsaid = self._unsaid, ""
-        self._retry = self.loop.call_later(RETRY_SECONDS, self._flush) if _house.tell(said) else None
+        self._retry = self.loop.call_later(RETRY_SECONDS, self.flush) if _house.tell(said) else None
 
 
 def _in_hex(path: str) -> str:

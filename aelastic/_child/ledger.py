@@ -108,7 +108,8 @@ class Run:
         """Take note of a worker; the former one of its rank, and all that came from it, is known to be gone."""
         former = self.leaders.get(leader.rank)
         if former is not None:
-            self._by_pid.pop(former.pid, None)
+            if self._by_pid.get(former.pid) is former:  # its number may be another rank's by now
+                del self._by_pid[former.pid]
             former.close()
         self.leaders[leader.rank] = self._by_pid[leader.pid] = leader
 

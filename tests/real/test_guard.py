@@ -39,7 +39,7 @@ BOUND = 1.0
 GUARD = str(Path(procfs.__file__).with_name("guard.py"))
 
 SUPERVISOR = '''
-import asyncio, ctypes, json, os, signal, sys
+import asyncio, ctypes, json, os, signal, sys, time
 from aelastic import DefaultLogsSpecs, Std, StopPolicy, start_processes
 
 told = json.loads(sys.argv[1])
@@ -55,6 +55,7 @@ async def main():
         "zoo", told["argv"][0], {rank: tuple(told["argv"][1:]) for rank in range(told["ranks"])},
         stop=StopPolicy(**told["stop"]), logs_specs=DefaultLogsSpecs(told["logs"]) if told["logs"] else None,
     ) as ctx:
+        told["blocks"] and time.sleep(600)
         await (ctx.wait() if told["ends"] else asyncio.Event().wait())
 if told["loop"] == "uvloop":
     import uvloop
@@ -118,7 +119,7 @@ def host(
 ) -> tuple[str, ...]:
     """The command of a supervisor."""
     loop = "uvloop" if "uvloop" in type(asyncio.get_running_loop()).__module__ else "asyncio"
-    known = {"logs": "", "then": "", "ends": False, "loop": loop}
+    known = {"logs": "", "then": "", "ends": False, "blocks": False, "loop": loop}
     stop = {"orphan_grace": GRACE} | (stop or {})
     return (sys.executable, "-c", SUPERVISOR, json.dumps(known | {"argv": argv, "ranks": ranks, "stop": stop} | told))
 
@@ -154,6 +155,13 @@ async def test_a_supervisor_killed_while_it_starts_leaves_nothing(milliseconds: 
     async with supervisor(DEAF_CHILD.argv, ranks=8) as zoo:
         await zoo.said("starting")
         await asyncio.sleep(milliseconds / 1000)  # any moment will do
+        assert await zoo.gone() < GRACE + BOUND
+
+
+async def test_a_supervisor_killed_while_its_host_blocks_the_loop_leaves_nothing() -> None:
+    """The guard knows every worker when the start returns: no turn of the loop is needed after it."""
+    async with supervisor(("env", "-i", *OBEDIENT.argv), ranks=2, blocks=True) as zoo:
+        await zoo.said("alive", 2 * OBEDIENT.lines)
         assert await zoo.gone() < GRACE + BOUND
 
 
@@ -459,7 +467,7 @@ async def test_a_pid_that_came_to_mean_another_is_not_hit() -> None:
         "    watched = await watch('odd', stop=StopPolicy(on_supervisor_death='kill'), journal='',\n"
         "                          on_lost=print, executor=ThreadPoolExecutor(1))\n"
         f"    watched.worker(0, {stranger.pid}, None, {started - 500})\n"
-        "    watched._flush()\n"
+        "    watched.flush()\n"
         "    os.kill(os.getpid(), 9)\n"
         "asyncio.run(main())\n"
     )
