@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, final
@@ -47,6 +48,8 @@ class Voice:
         """Whether the rest of the unfinished line is left out."""
         self._left_out = 0
         """Lines left out since the last marker."""
+        self._recheck: asyncio.TimerHandle | None = None
+        self._waits_for_room = False
 
     @property
     def unfinished(self) -> bool:
@@ -70,14 +73,27 @@ class Voice:
         return place.aside_bytes >= WAITING_BYTES or self._view.held_bytes > HELD_BYTES
 
     def wake_when_room(self, wake: Callable[[], None]) -> None:
-        """Call back when `full` is worth another look; perhaps more than once."""
-        # The end of a hold and a stall announce themselves to nobody.
-        asyncio.get_running_loop().call_later(RECHECK, wake)
-        if not self._waits_for_holder():
-            self._place.wake_when(WAITING_BYTES // 2, wake)
-            return
-        with self._place.lock:
-            self._place.break_hold(time.monotonic())
+        """Call back when `full` is worth another look; perhaps in vain, never more often than one look is worth.
+
+        Args:
+            wake: the same each time.
+        """
+        if self._recheck is None:  # the end of a hold and a stall announce themselves to nobody
+            self._recheck = asyncio.get_running_loop().call_later(RECHECK, self._looked_again, wake)
+        if self._waits_for_holder():
+            with self._place.lock:
+                self._place.break_hold(time.monotonic())
+        elif not self._waits_for_room:
+            self._waits_for_room = True
+            self._place.wake_when(WAITING_BYTES // 2, functools.partial(self._has_room, wake))
+
+    def _looked_again(self, wake: Callable[[], None]) -> None:
+        self._recheck = None
+        wake()
+
+    def _has_room(self, wake: Callable[[], None]) -> None:
+        self._waits_for_room = False
+        wake()
 
     def renew(self, at_ns: int) -> None:
         """Let what begins now have the prefix of this time, nanoseconds since the epoch, where it tells the time."""
@@ -125,6 +141,8 @@ class Voice:
 
     def finish(self) -> None:
         """Say the last line, whether or not it has a newline, and how much was left out."""
+        if self._recheck is not None:
+            self._recheck.cancel()
         self._view.end()
         with self._place.lock:
             self._say()

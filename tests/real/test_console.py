@@ -134,6 +134,30 @@ async def test_a_stalled_console_stalls_nobody(tmp_path: Path) -> None:
     assert shown[-1] == "[job0]:it moves"
 
 
+async def test_who_waits_for_room_is_called_once_however_often_it_asks() -> None:
+    """A pump that finds no room asks again; if each question were answered twice, answers would double for ever."""
+    pipe = PipeConsole()
+    with console_is(pipe.text):
+        console = Console()
+    voice = speaker(console, 0)
+    calls: list[float] = []
+    loop = asyncio.get_running_loop()
+
+    def wake() -> None:
+        calls.append(loop.time())
+        voice.wake_when_room(wake)
+
+    while not voice.full:
+        said(voice, b"x" * 99_999 + b"\n")
+    for _ in range(50):
+        voice.wake_when_room(wake)
+    began = loop.time()
+    await until(lambda: len(calls) >= 2)  # two rechecks: nobody reads this console, so there is no room
+    assert len(calls) <= 2 + (loop.time() - began) / voice_file.RECHECK
+    voice.finish()
+    await finished(console, pipe)
+
+
 async def test_a_slow_console_that_moves_loses_nothing(tmp_path: Path) -> None:
     """A console that accepts a little at a time holds the worker back instead of losing lines."""
     data = b"".join(b"line %07d\n" % number for number in range(1 << 17))
