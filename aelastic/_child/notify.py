@@ -77,6 +77,6 @@ def _say(*assignments: str, waits: bool = True) -> None:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as speaker:
             speaker.setblocking(waits)
-            speaker.sendto("\n".join(assignments).encode(), address)
+            speaker.sendto("\n".join(assignments).encode(errors="replace"), address)
     except OSError:
         return  # nobody listens any more, or (heartbeat) there is one in the queue that was not read yet

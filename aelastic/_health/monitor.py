@@ -21,6 +21,8 @@ from .stacks import Stacks
 
 MICROSECONDS = 1_000_000
 READY, HEARTBEAT = "ready", "heartbeat"
+STATUS_SHOWN = 500
+"""Characters of what a worker says of itself."""
 
 
 @final
@@ -153,13 +155,13 @@ class Monitor:
     def _heard(self, notice: Notice) -> None:
         if not self._observing:
             return
-        self._status = notice.get("STATUS", self._status)
+        self._status = notice.get("STATUS", self._status)[:STATUS_SHOWN]
         if "ERRNO" in notice:
             self._errno = _error(notice["ERRNO"])
         if (seconds := _seconds(notice, "EXTEND_TIMEOUT_USEC")) is not None and (due := self._alarms.due(READY)):
             self._alarms.set(READY, max(due, time.monotonic() + seconds))
         if (seconds := _seconds(notice, "WATCHDOG_USEC")) and self._watchdog is not None:
-            self._watchdog = seconds
+            self._change_watchdog(seconds)
         if "X_AELASTIC_BLOCK" in notice:
             self._block(notice["X_AELASTIC_BLOCK"], _seconds(notice, "X_AELASTIC_USEC"))
         if notice.get("STOPPING") == "1":
@@ -172,6 +174,12 @@ class Monitor:
                 self._expect_heartbeat()
             case "trigger":
                 self._expire(self._watchdog or 0.0, "it said WATCHDOG=trigger")
+
+    def _change_watchdog(self, seconds: float) -> None:
+        """Let this be the time between heartbeats, from now on, as systemd has it."""
+        self._watchdog = seconds
+        if self._alarms.due(HEARTBEAT) is not None:
+            self._expect_heartbeat()
 
     def _block(self, name: str, seconds: float | None) -> None:
         """Take note that a block of `aelastic.worker.expires` begins, or ends."""

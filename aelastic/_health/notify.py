@@ -38,7 +38,7 @@ def parse(datagram: bytes) -> Notice:
         >>> parse(b"READY=1\nSTATUS=up = yes\n\xff\n")
         {'READY': '1', 'STATUS': 'up = yes'}
     """
-    lines = datagram.decode("utf-8", "replace").splitlines()
+    lines = datagram.decode("utf-8", "replace").split("\n")
     return {name: value for name, mark, value in (line.partition("=") for line in lines) if mark}
 
 
@@ -87,13 +87,15 @@ class NotifySocket:
         """Hear what has been said by now."""
         for _ in range(MOST_AT_ONCE):
             try:
-                said, fds, _, _ = socket.recv_fds(self._socket, DATAGRAM_BYTES, MOST_DESCRIPTORS, CLOSE_ON_EXEC)
+                said, fds, flags, _ = socket.recv_fds(self._socket, DATAGRAM_BYTES, MOST_DESCRIPTORS, CLOSE_ON_EXEC)
             except BlockingIOError:
                 return
             except OSError:
                 return  # closed by what was heard before
             for fd in fds:
                 os.close(fd)
+            if flags & socket.MSG_TRUNC:
+                said = said.rpartition(b"\n")[0]  # the last word was cut in the middle
             self._heard(parse(said))
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ Nothing is read unless somebody asks, or `HealthPolicy.usage_every` is set.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import final
@@ -83,8 +84,9 @@ class Meter:
         while not self._ends.done():
             due = max(due + every, loop.time())  # what a slow machine can't keep up with is left out
             await asyncio.wait({self._ends}, timeout=due - loop.time())
-            if not self._ends.done() and (usages := await self.read()):
-                tell(usages)
+            with contextlib.suppress(OSError):  # no descriptor or memory is left: the next sample may find some
+                if not self._ends.done() and (usages := await self.read()):
+                    tell(usages)
 
     async def close(self) -> None:
         """Sample no more; idempotent."""

@@ -151,6 +151,11 @@ def test_any_datagram_can_be_read(datagram: bytes) -> None:
     assert all("\n" not in name + value for name, value in parse(datagram).items())
 
 
+def test_only_a_newline_ends_an_assignment() -> None:
+    """What a person reads as a line break in a status is still the status."""
+    assert parse("STATUS=a\u2028b\fREADY=1\nWATCHDOG=1".encode()) == {"STATUS": "a\u2028b\fREADY=1", "WATCHDOG": "1"}
+
+
 def test_a_condition_made_twice_is_one() -> None:
     """`as_condition` leaves conditions alone."""
     assert as_condition(TcpPort(1)) == TcpPort(1)

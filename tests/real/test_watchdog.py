@@ -122,6 +122,22 @@ async def test_a_worker_may_ask_for_its_end() -> None:
             assert (await ctx.wait()).failures[0].reason == "watchdog"
 
 
+async def test_a_worker_may_ask_for_more_time_between_heartbeats() -> None:
+    """The new time counts from when it was asked for, as systemd has it."""
+    asks = speaker("from aelastic._child.notify import _say\nready()\n_say('WATCHDOG_USEC=60000000')\ntime.sleep(0.6)")
+    async with launch(asks, health=WATCHED) as ctx:
+        assert (await ctx.wait()).outcome == "succeeded"
+
+
+async def test_what_was_cut_off_is_not_heard() -> None:
+    """A number at the end of a datagram that is too long would be another one; the words before it count."""
+    words = "'READY=1', 'STATUS=' + 'x' * (65536 - 31), 'WATCHDOG_USEC=60000000'"  # 15 bytes of the last are left
+    long = speaker(f"from aelastic._child.notify import _say\n_say({words})\ntime.sleep(0.2)")
+    async with launch(long, health=HealthPolicy(ready=Notify(), watchdog=60)) as ctx:
+        await ctx.wait_ready(30)
+        assert (await ctx.wait()).outcome == "succeeded"
+
+
 async def test_a_block_that_lasts_too_long_is_ended() -> None:
     """By the supervisor, with the GIL held, without any watchdog; stacks and event as for one."""
     run = start_processes("test", hold_interpreter, {0: (0.2,)}, start_method="fork", health=HealthPolicy(), stop=QUICK)
