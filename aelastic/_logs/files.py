@@ -3,7 +3,8 @@
 Every write runs on the run's own executor, one at a time for each file, by one of two ways:
 
 - aiofiles: batches of 64 KiB and more, and all that a disk refused. The writer's task awaits each as a job of its own,
-  so that a stream at full speed has a thread to itself.
+  so that a stream at full speed has a thread to itself. It is begun when there is such work for the first time, or at
+  the end: most streams never say that much.
 - The desk (`desk`): opening, closing, and batches of less than 64 KiB, which wait up to half a second for
   company. Those of all files go in one job: with many chatty workers a job, a future and the waking of a task for each
   cost ten times the write. Nothing is awaited on this way; what fails there is handed to the writer's task.
@@ -85,8 +86,6 @@ class FileSink:
         self._writing_bytes = 0
         self._at_desk = False
         """Whether the desk has an errand for this file, be it to open it."""
-        self._idle = False
-        """Whether the task waits for work."""
         self._taken_before = 0
         """What the file had taken when that was begun."""
         self._refused: BaseException | None = None
@@ -99,6 +98,10 @@ class FileSink:
         """When the next write of less than 64 KiB may begin, on the loop's clock."""
         self._desk = Desk.of(executor)
         self._waker: asyncio.Future[None] | None = None
+        """What the task waits for while it has nothing to do, or makes a pause."""
+        self._idle = False
+        """Whether the task waits for work."""
+        self._started = self._given_up = False
         self._task: ServiceTask[None] | None = None
         self.opened: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
         """Resolved when the file is open, or with what is in the way; a failure is tried again at the next write."""
@@ -124,13 +127,20 @@ class FileSink:
 
     def start(self) -> None:
         """Open the file and begin to write, in the running loop; see `opened`."""
-        self._at_desk = True
-        self._task = service(self._run(), name=f"writer of {self.path}")
-        self._task.add_done_callback(self._ended)
+        self._started = self._at_desk = True
+        self._desk.ask(self._file.open, self._was_opened)
+
+    def _was_opened(self, error: BaseException | None) -> None:
+        self._at_desk = False
+        if self._given_up:
+            return
+        if error is not None and not isinstance(error, OSError):
+            self._on_broken(error)
+            error = OSError(errno.EIO, f"{self.path} could not be opened: {error!r}")
+        self.opened.set_result(error)
+        self._look_for_more()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        if not self.opened.done():
-            self.opened.set_result(OSError(errno.EIO, f"{self.path} was given up before it was open"))
         if not task.cancelled() and (error := task.exception()) is not None:
             self._on_broken(error)
 
@@ -141,7 +151,7 @@ class FileSink:
             return
         self._pending.append((data, at_ns))
         self._pending_bytes += len(data)
-        if self._idle and self._has_work:
+        if self._has_work and (self._idle or self._task is None):
             self._wake()
         elif len(self._pending) == 1 and not self._writing_bytes and self._failing_since is None:
             self._ask_desk()
@@ -162,8 +172,8 @@ class FileSink:
 
     def _small_written(self, error: BaseException | None) -> None:
         self._at_desk = False
-        if self._task is None or self._task.done():
-            return  # the disk was given up meanwhile
+        if self._given_up:
+            return
         if error is None:
             self._batch_written()
         else:
@@ -177,15 +187,12 @@ class FileSink:
         """
         self._finishing = True
         self._desk.not_at(self._next_small, self._write_small)
-        if self._task is None:
+        if not self._started:
             return
         self._look_for_more()
+        self._wake()  # it is the task that closes the file
         if not await self._written():
-            self._file.give_up()
-            # Not our own cancel(), which asks the owner: we are the owner, and the thread that hangs stays behind.
-            asyncio.Task.cancel(self._task)
-            await asyncio.wait({self._task})
-            self._give_up(f"{self.path} took nothing for {GIVEN_UP_AFTER:g} s")
+            await self._give_up(f"{self.path} took nothing for {GIVEN_UP_AFTER:g} s")
         else:
             await self._compressed()
 
@@ -208,8 +215,6 @@ class FileSink:
         file: Any = self._file  # its types know FileIO only
         disk: Any = AsyncFileIO(file, asyncio.get_running_loop(), self._executor)
         try:
-            self.opened.set_result(await self._open())
-            self._look_for_more()
             while self._pending or self._at_desk or self._refused is not None or not self._finishing:
                 if self._refused is not None:
                     refused, self._refused = self._refused, None
@@ -223,15 +228,6 @@ class FileSink:
             raise
         await self._desk.run(self._file.close)
         self._count_deleted()
-
-    async def _open(self) -> OSError | None:
-        try:
-            await self._desk.run(self._file.open)
-        except OSError as error:
-            return error
-        finally:
-            self._at_desk = False
-        return None
 
     @property
     def _has_work(self) -> bool:
@@ -332,8 +328,15 @@ class FileSink:
             self.lost_bytes += deleted
             self._on_lost(deleted, f"{self.path} was deleted while it was written")
 
-    def _give_up(self, reason: str) -> None:
-        self._reason = reason
+    async def _give_up(self, reason: str) -> None:
+        self._given_up, self._reason = True, reason
+        self._file.give_up()
+        if not self.opened.done():
+            self.opened.set_result(OSError(errno.EIO, f"{self.path} was given up before it was open"))
+        if self._task is not None:
+            # Not our own cancel(), which asks the owner: we are the owner, and the thread that hangs stays behind.
+            asyncio.Task.cancel(self._task)
+            await asyncio.wait({self._task})
         count = self._pending_bytes + self._writing_bytes
         if self._writing_bytes:
             count -= self._file.taken_bytes - self._taken_before
@@ -359,7 +362,11 @@ class FileSink:
             timer.cancel()
 
     def _wake(self) -> None:
-        if self._waker is not None and not self._waker.done():
+        """Let the task see what there is to do."""
+        if self._task is None:
+            self._task = service(self._run(), name=f"writer of {self.path}")
+            self._task.add_done_callback(self._ended)
+        elif self._waker is not None and not self._waker.done():
             self._waker.set_result(None)
 
 
