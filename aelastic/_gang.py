@@ -51,6 +51,8 @@ class Gang:
         self._publish = functools.partial(machines.bus.publish, attempt=terms.attempt)
         self._outputs: Outputs | None = None
         self._function: Function | None = None
+        self._found: dict[str | None, str] = {}
+        """By PATH: where the program is."""
         self._monitors: dict[int, Monitor] = {}
         self._disturbed: asyncio.Future[None] = self._loop.create_future()
         """Done when a start that waits for readiness waits in vain: a failure spreads, or a stop came."""
@@ -132,12 +134,10 @@ class Gang:
 
     def _look_up(self, program: str) -> None:
         """Raise unless every rank finds the program, which is looked for once along each PATH."""
-        paths: set[str | None] = set()
         for rank in self._ranks:
             env, self._starting = self.terms.envs[rank], rank
-            if env.get("PATH") not in paths:
-                resolve(program, env, self._cwd, who=self.spec.who(rank))
-                paths.add(env.get("PATH"))
+            if (along := env.get("PATH")) not in self._found:
+                self._found[along] = resolve(program, env, self._cwd, who=self.spec.who(rank))
 
     def _raise_if_stopped(self) -> None:
         if self._stopped is not None:
@@ -205,6 +205,7 @@ class Gang:
                 rank=rank,
                 who=spec.who(rank),
                 cgroup=cgroup,
+                found=self._found.get(self.terms.envs[rank].get("PATH"), ""),
             )
             async with self._machines.starts:
                 self._raise_if_stopped()

@@ -47,11 +47,17 @@ class Command:
     """Run and rank, as error texts name them."""
     cgroup: str = ""
     """Folder of the cgroup it is to be in; empty for ours."""
+    found: str = ""
+    """What `resolve` says, if somebody has asked: then nobody looks along the PATH again."""
 
     @property
     def program(self) -> str:
         """The program's name as the user wrote it."""
         return os.fsdecode(self.argv[0])
+
+    def path(self) -> str:
+        """What is to be executed; see `resolve`."""
+        return self.found or resolve(self.program, self.env, self.cwd, who=self.who)
 
 
 def resolve(program: str, env: Mapping[str, str], cwd: str | None, *, who: str) -> str:
@@ -107,8 +113,8 @@ async def launch(command: Command) -> Process:
     if words is None and _may_be_given_to_a_shell(command):
         words = ()
     if words is None:
-        return await _spawn(command, command.argv, command.pass_fds, None)
-    path = resolve(command.program, command.env, command.cwd, who=command.who)
+        return await _spawn(command, command.argv, command.pass_fds, None, executable=command.found or None)
+    path = command.path()
     try:
         confirmation = Confirmation(command.who)
     except OSError as error:
@@ -127,8 +133,7 @@ def _may_be_given_to_a_shell(command: Command) -> bool:
     """Whether the spawn would run by `sh` what the kernel refuses: uvloop's does (execvp(3)), a trampoline doesn't."""
     if isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop):
         return False
-    path = os.path.join(command.cwd or "", resolve(command.program, command.env, command.cwd, who=command.who))
-    begin = _beginning(path)
+    begin = _beginning(os.path.join(command.cwd or "", command.path()))
     return not begin.startswith(b"#!") and _machine(begin) != _own_machine()
 
 
@@ -156,6 +161,8 @@ async def _spawn(
     argv: tuple[str | bytes, ...],
     pass_fds: tuple[int, ...],
     confirmation: Confirmation | None,
+    *,
+    executable: str | None = None,
 ) -> Process:
     await Pace.of_running_loop().start_admitted()
     collection = Collection()
@@ -173,6 +180,7 @@ async def _spawn(
             cwd=command.cwd,
             pass_fds=pass_fds,
             start_new_session=True,
+            executable=executable,
         )
         if collection.shortage is not None:
             raise collection.shortage
