@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from typing import final
 
 from aelastic._failures import LineNotSeen, StreamNotCaptured, with_tail
@@ -43,7 +43,8 @@ class HubStream:
         self._released = False
         self._has_readers = False
         """Whether there may be some: asking those that may vanish costs more."""
-        self._readers: weakref.WeakKeyDictionary[Lines, Cursor] = weakref.WeakKeyDictionary()
+        self._readers: MutableMapping[Lines, Cursor] = {}
+        """Held weakly from the first one on."""
 
     @property
     def full(self) -> bool:
@@ -95,7 +96,8 @@ class HubStream:
         Args:
             live: begin at the unfinished line rather than with the oldest line kept.
         """
-        self._has_readers = True
+        if not self._has_readers:
+            self._has_readers, self._readers = True, weakref.WeakKeyDictionary(self._readers)
         cursor = self._readers[reader] = Cursor(self.tail, live=live)
         reader.has_more(self, cursor)
 

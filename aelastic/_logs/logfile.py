@@ -75,7 +75,7 @@ class LogFile:
         """What of the current piece was written by us."""
         self._line_start = 0
         """Where in the current piece its last line begins."""
-        self._pieces = Pieces(path)
+        self._pieces = None if rotate is None else Pieces(path)
         self._given_up = False
 
     def open(self) -> None:
@@ -144,11 +144,12 @@ class LogFile:
 
     def all_pieces(self) -> tuple[str, ...]:
         """Paths of the pieces that are there, oldest first, the current one last."""
-        return (*self._pieces.paths(), self.path)
+        return (*(self._pieces.paths() if self._pieces else ()), self.path)
 
     def finish_pieces(self, within: float) -> None:
         """Wait until what is being compressed is done, or so many seconds."""
-        self._pieces.wait(within)
+        if self._pieces is not None:
+            self._pieces.wait(within)
 
     @property
     def compresses(self) -> bool:
@@ -185,11 +186,12 @@ class LogFile:
         Returns:
             False when the directory allows none: better a long piece than lost bytes.
         """
+        if self._rotate is None or self._pieces is None:
+            return False
         old_fd, line_start, own_bytes = self._fd, self._line_start, self._own_bytes
         begun = os.pread(old_fd, self._size - line_start, line_start) if self._size > line_start else b""
-        keep, compress = (self._rotate.keep, self._rotate.compress) if self._rotate else (1, None)
         try:
-            self.dropped_bytes += self._pieces.shift(keep, own_bytes - len(begun))
+            self.dropped_bytes += self._pieces.shift(self._rotate.keep, own_bytes - len(begun))
         except OSError:
             return False
         self._fd = -1
@@ -202,7 +204,7 @@ class LogFile:
                 os.ftruncate(old_fd, line_start)
         finally:
             os.close(old_fd)
-        if compress is not None and self._executor is not None:
+        if self.compresses and self._executor is not None:
             self._pieces.compress(self._executor)
         return True
 

@@ -6,6 +6,7 @@ The gang owns an `Outputs`; what it opens it closes.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -163,18 +164,12 @@ class Outputs:
         )
 
     def _sink(self, plan: StreamPlan) -> FileSink:
-        def lost(count: int, reason: str) -> None:
-            self._on_lost(plan.rank, plan.std, count, reason)
-
-        def room() -> None:
-            self._pumps[plan.rank, plan.std].look_again()
-
         return FileSink(
             plan.path,
             executor=self._executor,
             buffer_bytes=self._buffer_bytes,
-            on_lost=lost,
-            on_room=room,
+            on_lost=functools.partial(self._on_lost, plan.rank, plan.std),
+            on_room=functools.partial(self._has_room, (plan.rank, plan.std)),
             on_broken=self._on_broken,
             rotate=plan.rotate,
             timestamps=plan.timestamps,
@@ -187,11 +182,14 @@ class Outputs:
                 plan.filtered,
                 executor=self._executor,
                 buffer_bytes=self._buffer_bytes,
-                on_lost=lambda count, reason: self._on_lost(plan.rank, plan.std, count, reason),
+                on_lost=functools.partial(self._on_lost, plan.rank, plan.std),
                 on_room=self._look_again,
                 on_broken=self._on_broken,
             )
         return self._filtered[plan.filtered]
+
+    def _has_room(self, key: Key) -> None:
+        self._pumps[key].look_again()
 
     def _look_again(self) -> None:
         for pump in self._pumps.values():

@@ -33,6 +33,8 @@ class LineOrigin:
     """When the first byte of the line was read; aware, in the host's local time."""
 
 
+EPOCH = datetime.fromtimestamp(0, UTC)
+
 LinePrefix = str | Callable[[LineOrigin], str]
 """`"{time:%H:%M:%S} {rank} {std} "`, of the fields of `LineOrigin`, or a callable that is given one."""
 
@@ -49,7 +51,7 @@ def check_prefix(prefix: object) -> LinePrefix:
     if not isinstance(prefix, str):
         raise TypeError(f"prefix must be a format string or a callable, not {prefix!r}")
     try:
-        _text(prefix, LineOrigin(name="", rank=0, std=Std.OUT, host="", time=datetime.fromtimestamp(0, UTC)))
+        _text(prefix, LineOrigin(name="", rank=0, std=Std.OUT, host="", time=EPOCH))
     except (LookupError, AttributeError, ValueError) as error:
         fields = "its fields are {name} {rank} {std} {host} {time}"
         raise ValueError(f"prefix {prefix!r} can't be used: {error!r}; {fields}") from None
@@ -106,9 +108,9 @@ class Prefix:
             time = datetime.fromtimestamp(at_ns / 1e9, UTC).astimezone()
             return _text(prefix, LineOrigin(name=name, rank=rank, std=std, host=host, time=time)).encode()
 
-        first = make(now_ns)
         if isinstance(prefix, str) and "{time" not in prefix:
-            return cls(lambda _: first, changes=False)
+            return cls.fixed(_text(prefix, LineOrigin(name=name, rank=rank, std=std, host=host, time=EPOCH)))
+        make(now_ns)
         return cls(make, changes=True)
 
     def coloured(self, rank: int) -> Prefix:

@@ -271,7 +271,7 @@ async def test_a_worker_does_not_wait_for_a_long_line_that_stopped(tmp_path: Pat
     line = b"y" * (3 << 20)
     async with attempt(DefaultLogsSpecs(str(tmp_path), tee=Std.OUT), 2, console=console) as streams:
         await streams.write(line, 0)
-        await until(lambda: len(console.shown) > voice_file.HELD_BYTES)
+        await until(lambda: len(console.shown) == len(b"[job0]:" + line))  # all of it, after the quiet moment
         await streams.write(line + b"\n", 1)
         await until(lambda: console.shown.endswith(b"y\n"))
         await streams.write(b"end\n", 0)
