@@ -34,8 +34,11 @@ class StartAbandoned(Exception):
     """The run was stopped before all its ranks had been started."""
 
 
-def check_limits(spec: RunSpec, plans: Plans) -> None:
+def check_limits(spec: RunSpec, plans: Plans) -> int:
     """Raise unless a gang's descriptors are there: those it passes on are open, and there is room for its own.
+
+    Returns:
+        How many it will open.
 
     Raises:
         OSError: EBADF or EMFILE, naming the run and what is missing.
@@ -44,7 +47,9 @@ def check_limits(spec: RunSpec, plans: Plans) -> None:
     sockets = 0 if spec.health is None else spec.nprocs
     streams = sum(_DESCRIPTORS[plan.route] for streams in plans.values() for plan in streams.values())
     ranks = spec.nprocs * (2 if spec.is_command else 4)  # pidfds (ours and asyncio's) and pipes
-    check_descriptors(streams + ranks + sockets + TRANSIENT_DESCRIPTORS, spec.name)
+    needed = streams + ranks + sockets + TRANSIENT_DESCRIPTORS
+    check_descriptors(needed, spec.name)
+    return needed
 
 
 @final

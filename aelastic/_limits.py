@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import resource
 from collections.abc import Iterable
@@ -34,6 +36,16 @@ def check_descriptors(needed: int, who: str) -> None:
             f"{who} can't be started: it needs {needed} descriptors, and {used} of the {soft} that this process may"
             f" have open are in use (RLIMIT_NOFILE, soft; hard: {hard}); raise the limit, or start fewer ranks",
         )
+
+
+def make_room(needed: int) -> None:
+    """Let the kernel's table of our descriptors grow for so many more, once and now; never fails.
+
+    In a process with threads each growth waits for all processors of the machine (expand_files in fs/file.c), for 5 to
+    20 ms. So it is asked for in a thread: the loop would wait for it in the midst of opening pipes.
+    """
+    with contextlib.suppress(OSError), open(os.devnull, "rb", buffering=0) as some:
+        os.close(fcntl.fcntl(some, fcntl.F_DUPFD_CLOEXEC, open_descriptors() + needed))
 
 
 def check_open(fds: Iterable[int], who: str) -> None:

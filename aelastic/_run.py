@@ -25,7 +25,7 @@ from ._failures import RankMappingError
 from ._function import ForkServer
 from ._guard import SERVER, Watch, watch
 from ._health import Ward
-from ._limits import as_start_error
+from ._limits import as_start_error, make_room
 from ._logs import (
     Console,
     InheritLogsSpecs,
@@ -202,10 +202,10 @@ class Run:
         if isinstance(self._logs, InheritLogsSpecs):
             stack.push_async_callback(self._on_disk, self._logs.remove)
         terms = await self._settle(0)
-        check_limits(self.spec, terms.plans)
+        loop, stop = asyncio.get_running_loop(), self.spec.stop
+        room = loop.run_in_executor(threads, make_room, check_limits(self.spec, terms.plans))
         self.log_dir = terms.dest.run_dir
         await self._open_journal(stack, terms.dest.journal)
-        loop, stop = asyncio.get_running_loop(), self.spec.stop
         chosen = await loop.run_in_executor(threads, choose_cgroups, stop.containment, self.run_id, self.spec.name)
         watched = await watch(
             self.run_id,
@@ -216,6 +216,7 @@ class Run:
             cgroup="" if chosen is None else chosen.folder,
         )
         stack.push_async_callback(watched.release)
+        await asyncio.wait({room})
         cgroups = None if chosen is None else await self._opened(chosen, stack, threads)
         tree = Tree(self.run_id, threads, cgroups)
         stack.callback(tree.close)

@@ -275,3 +275,18 @@ async def test_an_unkillable_worker_is_reported_in_time_with_state_and_wait_chan
     assert survivor.state.startswith("D (disk sleep) in ")
     assert (ctx.result.outcome, ctx.result.failures[1].reason) == ("failed", "unkillable")
     assert ctx.result.exits[0].signal == signal.SIGTERM
+
+
+def test_room_for_descriptors_is_made_at_once_and_nothing_stays_open() -> None:
+    """The kernel's table grows in a thread, before the loop opens what fills it."""
+    program = (
+        "import os\n"
+        "from aelastic._limits import make_room\n"
+        "def size(): return next(int(line.split()[1]) for line in open('/proc/self/status') if 'FDSize' in line)\n"
+        "before, opened = size(), os.listdir('/proc/self/fd')\n"
+        "make_room(600)\n"
+        "assert before < 600 <= size(), (before, size())\n"
+        "make_room(10**9)\n"  # more than the limit allows: the check before the start says that, not this
+        "assert os.listdir('/proc/self/fd') == opened\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
