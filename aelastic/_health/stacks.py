@@ -93,8 +93,11 @@ class Stacks:
         loop = asyncio.get_running_loop()
 
         async def write() -> None:
+            found = (await self._members((rank,))).get(rank, ())
             text = f"aelastic: rank {rank} (pid {pid}): {why}\n{await self.of(rank, pid)}"
-            await loop.run_in_executor(self._threads, write_to_stderr, pid, text)
+            for worker in found:
+                if worker.pid == pid:
+                    await loop.run_in_executor(self._threads, write_to_stderr, worker, text)
 
         writing = loop.create_task(write(), name=f"stacks of rank {rank}")
         await asyncio.wait({writing}, timeout=LOG_WITHIN)
@@ -216,17 +219,20 @@ def _spy(pid: int) -> str:
     return done.stdout.decode("utf-8", "replace")
 
 
-def write_to_stderr(pid: int, text: str) -> bool:
+def write_to_stderr(member: Member, text: str) -> bool:
     """Write as if the process had written it: to its log, through the supervisor if it passes there; blocks, bounded.
 
     Returns:
-        False if not everything could be written.
+        False if not everything could be written, or its pid means another process by now.
     """
     try:
-        fd = os.open(f"/proc/{pid}/fd/2", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        fd = os.open(f"/proc/{member.pid}/fd/2", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError:
         return False  # a socket, or it is gone
     try:
+        now = procfs.read_member(member.pid, lineage=False)  # after what was opened: then that was its own
+        if now is None or now.identity != member.identity:
+            return False
         return _write_all(fd, text.encode(), time.monotonic() + WRITE_WITHIN)
     finally:
         os.close(fd)

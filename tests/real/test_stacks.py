@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from aelastic import HealthPolicy, Notify, RankMappingError, StopPolicy, start_processes
+from aelastic._child import procfs
+from aelastic._health.stacks import write_to_stderr
 from tests.real.patients import LONG, be_ready_and_rest, hold_interpreter, speaker
 from tests.real.runs import QUICK, all_events, tee
 from tests.real.test_ready import launch
@@ -137,6 +139,21 @@ async def test_who_closes_every_descriptor_gets_no_signal(tmp_path: Path) -> Non
         assert set(ctx.pids()) == {0}
     assert clean.read_bytes() == b""
     assert "py-spy" in text or "Python v" in text
+
+
+async def test_a_stranger_that_got_the_number_meanwhile_reads_nothing(tmp_path: Path) -> None:
+    """What is written as if a worker had written it goes to that worker, or nowhere."""
+    log = tmp_path / "log"
+    with log.open("wb") as stderr:
+        worker = await asyncio.create_subprocess_exec("sleep", "600", stderr=stderr)
+        member = procfs.read_member(worker.pid, lineage=False)
+        assert member is not None
+        assert write_to_stderr(member, "its own\n")
+        member.started -= 1  # as if an earlier process of this number had been seen
+        assert not write_to_stderr(member, "another's\n")
+        worker.kill()
+        await worker.wait()
+    assert log.read_bytes() == b"its own\n"
 
 
 async def test_stacks_before_the_last_step(tmp_path: Path) -> None:
