@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, final
 from aelastic._process import Command, Confirmation, Process, launch
 from aelastic._returned import Returned
 from aelastic._spec import LINEAGE, RunSpec
+from aelastic._tasks import service
 
 from . import forking
 from .channel import CallPipe, ResultChannel
@@ -130,7 +131,10 @@ class Function:
 
     async def close(self) -> None:
         """Give up what has not arrived; every `returned` is resolved after it. Idempotent, bounded."""
-        await asyncio.gather(*(result.close() for result in self._results.values()))
+        closing = [service(result.close(), name="close a result") for result in self._results.values()]
+        await asyncio.wait(closing)
+        for closed in closing:
+            closed.result()
         for payload in self._payloads.values():
             payload.close()
         for call in self._calls.values():

@@ -84,7 +84,7 @@ class Meter:
         while not self._ends.done():
             due = max(due + every, loop.time())  # what a slow machine can't keep up with is left out
             await asyncio.wait({self._ends}, timeout=due - loop.time())
-            with contextlib.suppress(OSError):  # no descriptor or memory is left: the next sample may find some
+            with contextlib.suppress(OSError, RuntimeError):  # no descriptor or thread is left: the next may find some
                 if not self._ends.done() and (usages := await self.read()):
                     tell(usages)
 

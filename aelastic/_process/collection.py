@@ -7,18 +7,22 @@ true status nor its process group could be known. So the pidfd is taken in the t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import threading
 from asyncio.subprocess import Process as Child
-from collections.abc import Coroutine, Generator
-from typing import Any, final
+from collections.abc import Coroutine, Generator, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar, final
 
 from .._child import procfs
 from .._exit import UNKNOWN_RETURNCODE, ExitStatus
+from .._tasks import ServiceTask
 from . import platform
 
+T = TypeVar("T")
 ONE_FORK = threading.Lock()
 """uvloop refuses to fork in two threads at once ("racing with another loop"), and then leaves descriptors open."""
 
@@ -34,12 +38,45 @@ async def start_collected(argv: tuple[str | bytes, ...], collection: Collection,
         OSError: as the spawn told it.
         RuntimeError: if 3.11 finds no thread to wait in.
     """
-    if isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop):
+    loop = asyncio.get_running_loop()
+    if isinstance(loop, asyncio.BaseEventLoop):
         settings["extra"] = Notes(collection)  # goes through to the transport
-        child = await asyncio.create_subprocess_exec(*argv, **settings)
+        first = _tasks_outlast(loop)
     else:
-        child = await _FirstStep(asyncio.create_subprocess_exec(*argv, **settings), collection)
-    collection.attend(child)
+        first = _newborn_of(collection)
+    collection.attend(await _FirstStep(asyncio.create_subprocess_exec(*argv, **settings), first))
+
+
+@contextlib.contextmanager
+def _tasks_outlast(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """Let what becomes a task here end by itself, whoever cancels it.
+
+    asyncio connects a child in a task of its own, for whose end the start waits. `asyncio.run`'s end cancels every
+    task, and one that was cancelled before its first turn would never tell.
+    """
+    before = loop.get_task_factory()
+    loop.set_task_factory(_outlasting)
+    try:
+        yield
+    finally:
+        loop.set_task_factory(before)
+
+
+def _outlasting(
+    loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, T] | Generator[Any, None, T], **settings: Any
+) -> asyncio.Future[T]:
+    return ServiceTask(coro, loop=loop, **settings)
+
+
+@contextlib.contextmanager
+def _newborn_of(collection: Collection) -> Iterator[None]:
+    """Take note of the child that another loop spawns here: it is this thread's newest, and nobody waits for it yet."""
+    before = platform.children()
+    with ONE_FORK:
+        yield
+    newborn = [pid for pid in platform.children() if pid not in before]
+    if len(newborn) == 1:
+        collection.born(newborn[0], watched=False)
 
 
 @final
@@ -59,21 +96,17 @@ class Notes(dict[str, Any]):
 
 @final
 class _FirstStep:
-    """Another loop's start, whose first step spawns: the child is this thread's newest, and nobody waits for it yet."""
+    """A start, whose first step spawns, with something around that step."""
 
-    def __init__(self, start: Coroutine[Any, Any, Any], collection: Collection) -> None:
+    def __init__(self, start: Coroutine[Any, Any, Any], around: AbstractContextManager[None]) -> None:
         self._start = start
-        self._collection = collection
+        self._around = around
 
     def __await__(self) -> Generator[Any, Any, Any]:
         steps = self._start.__await__()
-        before = platform.children()
         try:
-            with ONE_FORK:
+            with self._around:
                 awaited = next(steps)
-            newborn = [pid for pid in platform.children() if pid not in before]
-            if len(newborn) == 1:
-                self._collection.born(newborn[0], watched=False)
             while True:
                 try:
                     sent = yield awaited

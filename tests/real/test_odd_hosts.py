@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -87,6 +88,37 @@ async def test_a_host_that_ignores_sigchld_is_told_of_every_exit(method: Method)
         check(await ended(method))
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+STARTS = ("aelastic._process.launch", None, "start_collected")
+CLOSES = ("aelastic._function.function", "Function", "close")
+
+
+@pytest.mark.parametrize(("where", "method"), [(STARTS, "command"), (CLOSES, "fork")])
+def test_a_loop_may_end_in_any_turn_of_a_run(where: Any, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also between the making of a task and its first turn, in which a cancelled one would be heard of no more."""
+    module, owner, step = where
+    place = sys.modules[module] if owner is None else getattr(sys.modules[module], owner)
+    real = getattr(place, step)
+    runs: list[asyncio.Task[RunProcsResult]] = []
+
+    async def main() -> None:
+        over = asyncio.get_running_loop().create_future()
+
+        async def in_the_last_turn(*args: Any, **settings: Any) -> Any:
+            if not over.done():
+                over.set_result(None)
+                for _ in range(2):  # `main` ends in the next turn; in the one after it the loop is told to
+                    await asyncio.sleep(0)
+            return await real(*args, **settings)
+
+        monkeypatch.setattr(place, step, in_the_last_turn)
+        runs.append(asyncio.create_task(ended(method)))
+        await over
+
+    with asyncio.Runner(loop_factory=LOOPS["asyncio"]) as runner:
+        runner.run(main())
+    assert runs[0].cancelled()
 
 
 @pytest.mark.parametrize("loop", LOOPS)
