@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from aelastic import RunProcsResult, start_processes
+from aelastic import PContext, RunProcsResult, start_processes
 from tests.conftest import LOOPS
 from tests.real.jobs import evaluate
 from tests.real.runs import QUICK
@@ -100,7 +100,13 @@ def test_a_loop_may_end_in_any_turn_of_a_run(where: Any, method: Method, monkeyp
     module, owner, step = where
     place = sys.modules[module] if owner is None else getattr(sys.modules[module], owner)
     real = getattr(place, step)
-    runs: list[asyncio.Task[RunProcsResult]] = []
+    started: list[PContext] = []
+
+    async def go() -> None:
+        args = ("-c", "exit 0") if method == "command" else ("0",)
+        run = start_processes("odd", "sh" if method == "command" else evaluate, {0: args}, start_method="fork")
+        started.append(await run)
+        await started[0].wait()
 
     async def main() -> None:
         over = asyncio.get_running_loop().create_future()
@@ -113,12 +119,12 @@ def test_a_loop_may_end_in_any_turn_of_a_run(where: Any, method: Method, monkeyp
             return await real(*args, **settings)
 
         monkeypatch.setattr(place, step, in_the_last_turn)
-        runs.append(asyncio.create_task(ended(method)))
+        _going = asyncio.create_task(go())
         await over
 
     with asyncio.Runner(loop_factory=LOOPS["asyncio"]) as runner:
         runner.run(main())
-    assert runs[0].cancelled()
+    assert [ctx.result is not None for ctx in started] == [True] * (where == CLOSES)
 
 
 @pytest.mark.parametrize("loop", LOOPS)
