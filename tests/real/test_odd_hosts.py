@@ -119,8 +119,9 @@ def test_a_loop_may_end_in_any_turn_of_a_run(where: Any, method: Method, monkeyp
             return await real(*args, **settings)
 
         monkeypatch.setattr(place, step, in_the_last_turn)
-        _going = asyncio.create_task(go())
+        going = asyncio.create_task(go())
         await over
+        assert not going.done()
 
     with asyncio.Runner(loop_factory=LOOPS["asyncio"]) as runner:
         runner.run(main())
