@@ -1,4 +1,4 @@
-"""How many starts and exits one turn of a loop takes in: they add up, and the host's own work waits meanwhile."""
+"""How many starts, exits and signals a turn of the loop takes in: they add up, and the host's own work waits meanwhile."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ STARTS = 4
 """In one turn, whatever the number of runs; each holds the loop for a millisecond, while the kernel makes the child."""
 SLOW_STARTS = 1
 """The same on uvloop, whose fork takes five milliseconds, and more in a large host."""
+SIGNALS = 16
+"""In one turn: those to the trees of so many workers. What they end takes the processors from us at once."""
 
 
 @final
@@ -21,7 +23,7 @@ class Pace:
     _of_loop: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Pace]] = weakref.WeakKeyDictionary()
 
     def __init__(self) -> None:
-        self._seen = self._started = 0
+        self._seen = self._started = self._signalled = 0
         self._queue = asyncio.Lock()
 
     @classmethod
@@ -51,8 +53,19 @@ class Pace:
                 loop.call_soon(self._next_turn_of_starts)
             self._started += 1
 
+    async def signal_admitted(self) -> None:
+        """Wait until this turn has room for the signals to another worker's tree; who came first is first."""
+        while self._signalled >= SIGNALS:
+            await asyncio.sleep(0)
+        if not self._signalled:
+            asyncio.get_running_loop().call_soon(self._next_turn_of_signals)
+        self._signalled += 1
+
     def _next_turn(self) -> None:
         self._seen = 0
 
     def _next_turn_of_starts(self) -> None:
         self._started = 0
+
+    def _next_turn_of_signals(self) -> None:
+        self._signalled = 0

@@ -21,6 +21,7 @@ from . import census, platform
 from .census import Blind, Census, Identity, Leader, Sight
 from .cgroups import Cgroups
 from .handle import Process
+from .pace import Pace
 from .reserve import Reserve
 from .signals import Groups, signal_members
 
@@ -51,6 +52,7 @@ class Tree:
     def __init__(self, run_id: str, executor: Executor, cgroups: Cgroups | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         self._executor = executor
+        self._pace = Pace.of_running_loop()
         self._census = Census(run_id, cgroups)
         self._leaders: dict[int, Leader] = {}
         self._retired: list[Process] = []
@@ -164,6 +166,7 @@ class Tree:
         Returns:
             True when nothing of the rank is alive.
         """
+        await self._pace.signal_admitted()
         if sig == signal.SIGKILL:
             until = max(until, self._loop.time() + KILL_GRACE)
         began = procfs.now_ticks()
