@@ -1,4 +1,4 @@
-"""How many starts, exits and signals a turn of the loop takes in: they add up, and the host's own work waits meanwhile."""
+"""How many starts, exits and signals one turn of a loop takes in: they add up, while the host's own work waits."""
 
 from __future__ import annotations
 

@@ -225,7 +225,7 @@ class World:
         async def make(_stack: Any) -> Any:
             return await run._see_through(await settle(0), machines)
 
-        inline, ignore = Inline(), SimpleNamespace(worker=lambda *_: None)
+        inline, ignore = Inline(), SimpleNamespace(worker=lambda *_: None, flush=lambda: None)
         ward = SimpleNamespace(meter=SimpleNamespace(at_exit=lambda _pid, seen: seen))
         machines = cast(
             "Machines",
