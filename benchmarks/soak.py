@@ -5,7 +5,7 @@ and cut again; a subscriber reads one line and no more; the console stalls for a
 files must match the checksums that the workers kept, and what the console showed must be whole lines, each shown or
 counted as left out. Memory and a 1 ms ticker are watched all the while.
 
-The writers leave one processor alone, where there are several: else the ticker would show how long the supervisor
+The writers, and who judges the console, leave one processor alone, where there are several: else the ticker would show how long the supervisor
 stands in line for one behind them. The rival is the same ticker in a bare loop that reads the same writers through
 asyncio's own pipes and keeps nothing.
 """
@@ -116,7 +116,9 @@ class Ear:
     complaints: list[str] = field(default_factory=list)
 
     def listen(self) -> None:
-        """Read to the end."""
+        """Read to the end, on the processors of the writers: judging lines is no work of the supervisor's."""
+        processors = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(threading.get_native_id(), processors[1:] or processors)
         rest, stalls_at = b"", time.monotonic() + self.stall
         while chunk := self.stream.read(1 << 16):
             *lines, rest = (rest + chunk).split(b"\n")
