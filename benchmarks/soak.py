@@ -5,9 +5,9 @@ and cut again; a subscriber reads one line and no more; the console stalls for a
 files must match the checksums that the workers kept, and what the console showed must be whole lines, each shown or
 counted as left out. Memory and a 1 ms ticker are watched all the while.
 
-The writers, and who judges the console, leave one processor alone, where there are several: else the ticker would show how long the supervisor
-stands in line for one behind them. The rival is the same ticker in a bare loop that reads the same writers through
-asyncio's own pipes and keeps nothing.
+The writers, and whoever judges the console, leave one processor alone, where there are several: else the ticker would
+show how long the supervisor stands in line for one behind them. The rival is the same ticker in a bare loop that reads
+the same writers through asyncio's own pipes and keeps nothing.
 """
 
 from __future__ import annotations
