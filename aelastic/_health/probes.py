@@ -28,7 +28,7 @@ async def ask_port(condition: TcpPort, threads: Executor) -> str:
             (await connected(condition.host, condition.port, threads)).close()
     except TimeoutError:
         return f"no answer within {CONNECT_WITHIN:g} s"
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the second for a host that can't be a name
         return why(error)
     return ""
 

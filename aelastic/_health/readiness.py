@@ -130,6 +130,10 @@ class Readiness:
             return "" if await self._senses.ask(leaf.question, self._rank) else "no"
         except Exception as error:  # noqa: BLE001  # the user's code: a client that finds no server yet raises anything
             return f"{type(error).__name__}: {why(error)}"
+        except asyncio.CancelledError:
+            if self._over:
+                raise
+            return "what it waited for was cancelled"  # by itself: nobody has told us to end
 
     def stop(self) -> None:
         """Look no more; idempotent, also while no loop runs."""

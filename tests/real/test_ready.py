@@ -190,6 +190,25 @@ async def test_a_callable_is_asked_until_it_says_yes() -> None:
         assert asked == [(ctx, 0, ctx.pids())] * 3
 
 
+async def test_a_question_that_breaks_is_asked_again() -> None:
+    """A host that can be no name, and a callable that lost what it waited for; both are told."""
+    asked: list[int] = []
+
+    async def lost(ctx: PContext, rank: int) -> bool:
+        asked.append(rank)
+        task = asyncio.create_task(asyncio.sleep(60))
+        task.cancel()
+        await task
+        return True
+
+    both = TcpPort(80, host="a..b") & lost
+    async with launch((*PYTHON, FOREVER), health=ready(both, interval=0.01)) as ctx:
+        while len(asked) < 3:
+            await asyncio.sleep(0.01)
+        assert "label empty or too long" in (missing := await why_not(ctx))
+        assert "(last: what it waited for was cancelled)" in missing
+
+
 async def test_a_callable_that_hangs_holds_nobody_up() -> None:
     """It is cancelled when the run ends; what it raised last is told before."""
 
