@@ -84,7 +84,10 @@ class Server:
                     return
 
     def _fork_one(self) -> bool:
-        message, fds, _, _ = socket.recv_fds(self._control, 1, MOST_DESCRIPTORS)
+        try:
+            message, fds, _, _ = socket.recv_fds(self._control, 1, MOST_DESCRIPTORS)
+        except ConnectionResetError:  # the supervisor was killed before it had read all answers
+            return False
         if not message:
             return False
         try:

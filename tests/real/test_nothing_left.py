@@ -243,6 +243,20 @@ def test_a_stuck_fork_server_goes_with_its_supervisor(tmp_path: Path) -> None:
         zoo.close()
 
 
+def test_a_fork_server_ends_without_a_word_when_its_supervisor_has_died() -> None:
+    """Also when an answer of its was not read any more."""
+    code = (
+        "import socket\n"
+        "from aelastic._child.forkserver import Server\n"
+        "supervisors, own = socket.socketpair()\n"
+        "own.send(b'.')\n"
+        "supervisors.close()\n"
+        "Server(own).run()\n"
+    )
+    server = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, check=False, timeout=30)
+    assert (server.returncode, server.stderr) == (0, b"")
+
+
 def blamed(zoo: Zoo) -> list[Tree]:
     """The trees of which somebody is left; all of them where that can't be told."""
     left = [TREES[rank] for pid in zoo.holders() if (rank := rank_of(pid)) is not None]
