@@ -205,6 +205,7 @@ class Gang:
                 rank=rank,
                 who=spec.who(rank),
                 cgroup=cgroup,
+                on_born=functools.partial(self._machines.watch.worker, rank),
                 found=self._found.get(self.terms.envs[rank].get("PATH"), ""),
             )
             async with self._machines.starts:

@@ -32,8 +32,6 @@ BACKLOG_BYTES = 1024 * 1024
 """A guard that leaves more than this unread is not working; it is replaced."""
 RETRY_SECONDS = 0.05
 """How soon a full pipe is tried again."""
-TOGETHER_SECONDS = 0.01
-"""How long a worker's line waits for the lines of others."""
 RESTART_SECONDS = 1.0
 """The least time between two starts after a loss."""
 END_SECONDS = 5.0
@@ -87,8 +85,6 @@ class Watch:
         policy = f"{stop.on_supervisor_death} {stop.orphan_grace!r} {int(first)}"
         self._opening = f"run {run_id} {policy} {procfs.now_ticks() - 1} {paths}\n"
         self._workers: dict[int, str] = {}
-        self._unsaid = ""
-        """Lines for the guard in office; a new one is told everything."""
         self._on_lost = on_lost
         self._executor = executor
         self._sentry = -1
@@ -100,8 +96,7 @@ class Watch:
     def worker(self, rank: int, pid: int, pidfd: int | None, held_ticks: int) -> None:
         """Name a worker to the guard; it takes the place of the rank's former one.
 
-        Lines of workers that start one after the other go together: each by itself would wake the guard, which takes
-        the processor from those who start. They go at the latest with `flush`, or `TOGETHER_SECONDS` later.
+        It is in the pipe on return, whatever becomes of us then; the guard takes its time to read it.
 
         Args:
             pid: our child, leader of its own session.
@@ -111,10 +106,10 @@ class Watch:
         if not held_ticks:
             return  # ended and collected already: what it left behind is found by its lineage
         inode = 0 if pidfd is None else procfs.inode_of(pidfd)
-        self._workers[rank] = line = f"worker {self.run_id} {rank} {pid} {held_ticks} {inode}\n"
-        self._unsaid += line
-        if self._retry is None:
-            self._retry = self.loop.call_later(TOGETHER_SECONDS, self.flush)
+        line = f"worker {self.run_id} {rank} {pid} {held_ticks} {inode}\n"
+        if self._workers.get(rank) != line:
+            self._workers[rank] = line
+            self._tell(line)
 
     @property
     def lines(self) -> str:
@@ -203,12 +198,11 @@ class Watch:
                 told = True
                 due = time.monotonic() + RESTART_SECONDS
 
-    def flush(self) -> None:
-        """Pass on what is to be said, and try a full pipe again until the guard has read what waits for it."""
+    def _tell(self, text: str = "") -> None:
+        """Tell the guard in office, and try a full pipe again until it has read what waits for it."""
         if self._retry is not None:
             self._retry.cancel()
-        said, self._unsaid = self._unsaid, ""
-        self._retry = self.loop.call_later(RETRY_SECONDS, self.flush) if _house.tell(said) else None
+        self._retry = self.loop.call_later(RETRY_SECONDS, self._tell) if _house.tell(text) else None
 
 
 def _in_hex(path: str) -> str:

@@ -23,7 +23,7 @@ from ._ending import Cause
 from ._events import Event, GuardLost, JournalLost, RestartScheduled, RunFinished, RunStarted, UsageSampled
 from ._failures import RankMappingError
 from ._function import ForkServer
-from ._guard import SERVER, Watch, watch
+from ._guard import SERVER, watch
 from ._health import Ward
 from ._limits import as_start_error, make_room
 from ._logs import (
@@ -341,16 +341,15 @@ class Run:
             if self._stop is not None:
                 raise StartAbandoned(f"{self.spec.name} was stopped while it was being started")
             self._round = Round.first(self.spec, self._settle, machines, terms)
-            await self._make_rounds(machines.watch)
+            await self._make_rounds()
             result = self._round.conclude(closed=self._stop is not None, gave_up=self._gave_up)
             gave_up, succeeded = result.gave_up, result.outcome == "succeeded"
         finally:
             self._last = self.bus.number(RunFinished(succeeded=succeeded, gave_up=gave_up))
         return result
 
-    async def _make_rounds(self, watched: Watch) -> None:
+    async def _make_rounds(self) -> None:
         await self.round.start()
-        watched.flush()  # now: the host may block the loop as soon as it is told, and be killed while it does
         self.started.set_result(None)
         await self.round.ended()
         while await self._goes_on():

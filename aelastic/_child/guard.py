@@ -33,6 +33,9 @@ from .ledger import Leader, Ledger
 from .orphans import Orphans, end_all, record, write_records
 
 CHUNK = 64 * 1024
+TOGETHER_SECONDS = 0.01
+"""How long it reads nothing after a read: woken by each line of many, it would take the processor from those who
+start. What waits in the pipe is read before anything is done about a death."""
 
 
 class Guard:
@@ -49,6 +52,8 @@ class Guard:
         self._ledger = Ledger()
         self._poll = select.poll()
         self._workers: dict[int, Leader] = {}
+        self._resumes = 0.0
+        """When it listens again, on the monotonic clock; 0 while it does."""
         os.set_blocking(lifeline, False)
         self._poll.register(lifeline, select.POLLIN)
 
@@ -63,15 +68,29 @@ class Guard:
             self._listen()
             return "it has ended"
         while True:
-            ready = {fd for fd, _ in self._poll.poll()}
+            ready = {fd for fd, _ in self._poll.poll(self._rest())}
             for fd in ready & self._workers.keys():  # ended, or closed because the rank has a new worker
                 self._poll.unregister(fd)
                 self._workers.pop(fd).exited()
-            if self._lifeline in ready and not self._listen():
-                return "it closed its lifeline"
+            if self._lifeline in ready:
+                if not self._listen():
+                    return "it closed its lifeline"
+                self._poll.unregister(self._lifeline)
+                self._resumes = time.monotonic() + TOGETHER_SECONDS
             if sentry in ready:
                 self._listen()
                 return "it has ended"
+
+    def _rest(self) -> float | None:
+        """Milliseconds until the pipe is to be listened to again; None when it is listened to."""
+        if not self._resumes:
+            return None
+        left = (self._resumes - time.monotonic()) * 1000
+        if left > 0:
+            return left
+        self._resumes = 0.0
+        self._poll.register(self._lifeline, select.POLLIN)
+        return None
 
     def _listen(self) -> bool:
         """Read all that is in the pipe; False at its end."""

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import threading
 from asyncio.subprocess import Process as Child
-from collections.abc import Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar, final
 
@@ -23,6 +23,8 @@ from .._tasks import ServiceTask
 from . import platform
 
 T = TypeVar("T")
+OnBorn = Callable[[int, int | None, int], object]
+"""Is given pid, pidfd and the ticks at which the pid was certainly its own (0 when no pidfd tells)."""
 ONE_FORK = threading.Lock()
 """uvloop refuses to fork in two threads at once ("racing with another loop"), and then leaves descriptors open."""
 
@@ -122,7 +124,8 @@ class _FirstStep:
 class Collection:
     """asyncio's side of a child: its pid, our pidfd of it as early as can be, and that asyncio has collected it."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_born: OnBorn | None = None) -> None:
+        self._on_born = on_born
         self.pid = 0
         self.pidfd: int | None = None
         self.held_ticks = 0
@@ -179,6 +182,8 @@ class Collection:
             self.shortage = error
         else:
             self.held_ticks = now if self.pidfd is not None else 0
+            if self._on_born is not None:
+                self._on_born(pid, self.pidfd, self.held_ticks)
             if self.pidfd is None and not platform.is_uncollected_child(pid):
                 self.taken = not watched
                 self.was_collected()

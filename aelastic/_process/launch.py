@@ -16,7 +16,7 @@ from typing import NoReturn, final
 
 from .._limits import check_one_start, shortage
 from .._options import WorkerOptions
-from .collection import Collection, start_collected
+from .collection import Collection, OnBorn, start_collected
 from .handle import Process
 from .pace import Pace
 from .trampoline import Confirmation, argv_of, needed_for
@@ -47,6 +47,8 @@ class Command:
     """Run and rank, as error texts name them."""
     cgroup: str = ""
     """Folder of the cgroup it is to be in; empty for ours."""
+    on_born: OnBorn | None = None
+    """Told of the process in the very turn in which it is spawned; also of one whose start fails after that."""
     found: str = ""
     """What `resolve` says, if somebody has asked: then nobody looks along the PATH again."""
 
@@ -165,7 +167,7 @@ async def _spawn(
     executable: str | None = None,
 ) -> Process:
     await Pace.of_running_loop().start_admitted()
-    collection = Collection()
+    collection = Collection(command.on_born)
     started_ns = time.monotonic_ns()
     try:
         if not isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop):

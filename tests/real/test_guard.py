@@ -453,6 +453,32 @@ async def test_a_stopped_guard_is_replaced_when_it_reads_too_little(monkeypatch:
     assert os.getpid() not in guards().values()
 
 
+async def test_a_supervisor_killed_in_the_turn_of_a_spawn_leaves_nothing() -> None:
+    """The line of a worker is in the pipe before anything else happens."""
+    source = (
+        "import asyncio, os, subprocess\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from aelastic._child import procfs\n"
+        "from aelastic._guard import watch\n"
+        "from aelastic._policies import StopPolicy\n"
+        "async def main():\n"
+        "    watched = await watch('odd', stop=StopPolicy(on_supervisor_death='kill'), journal='',\n"
+        "                          on_lost=print, executor=ThreadPoolExecutor(1))\n"
+        "    child = subprocess.Popen(['env', '-i', 'sleep', '600'], start_new_session=True)\n"
+        "    watched.worker(0, child.pid, os.pidfd_open(child.pid), procfs.now_ticks())\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "asyncio.run(main())\n"
+    )
+    host = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", source, cwd=Path(__file__).parents[2], stdout=asyncio.subprocess.PIPE
+    )
+    assert host.stdout is not None
+    async with asyncio.timeout(10):
+        assert await host.stdout.read() == b""  # the worker held it
+    await host.wait()
+    await guards_gone(host.pid)
+
+
 async def test_a_pid_that_came_to_mean_another_is_not_hit() -> None:
     """A worker's number that was reused: the start time tells the stranger."""
     stranger = await asyncio.create_subprocess_exec("sleep", "600", start_new_session=True)
@@ -467,7 +493,6 @@ async def test_a_pid_that_came_to_mean_another_is_not_hit() -> None:
         "    watched = await watch('odd', stop=StopPolicy(on_supervisor_death='kill'), journal='',\n"
         "                          on_lost=print, executor=ThreadPoolExecutor(1))\n"
         f"    watched.worker(0, {stranger.pid}, None, {started - 500})\n"
-        "    watched.flush()\n"
         "    os.kill(os.getpid(), 9)\n"
         "asyncio.run(main())\n"
     )
