@@ -174,7 +174,7 @@ async def test_a_start_cancelled_again_and_again_leaves_nothing(method: Method) 
 
 
 @METHODS
-@pytest.mark.parametrize("turns", TURNS if LONG else (1, 34))
+@pytest.mark.parametrize("turns", [turns for turns in TURNS if turns] if LONG else (1, 34))  # at 0 it never began
 async def test_a_close_cancelled_at_any_turn_ends_the_run_first(method: Method, turns: int) -> None:
     """The cancellation is raised when everything is gone."""
     ctx: PContext = await start_ways(method, (RUNS_ON, DEAF_TO_TERM), logs_specs=capture(), stop=SHORT)

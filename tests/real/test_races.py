@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from aelastic import DefaultLogsSpecs, PContext, RunProcsResult, Starting, Std, WorkerExited, start_processes
 from tests import leaks
 from tests.real.children import LAST_PID
@@ -24,7 +26,7 @@ from tests.ways_to_die import DEAF_TO_TERM
 
 LONG = bool(os.environ.get("AELASTIC_TEST_LONG"))
 RANKS = 20
-RACES = 10_000 if LONG else 200
+PARTS, RACES = (10, 1_000) if LONG else (1, 200)
 LAUNCHES = 1_000 if LONG else 100
 CODE = 7
 CAN_CHOOSE = LAST_PID.exists() and os.getuid() == 0
@@ -82,9 +84,10 @@ def visitors() -> Iterator[list[subprocess.Popen[bytes]]]:
             ended(stranger)
 
 
-async def test_starts_and_stops_race_with_exits_and_reused_numbers() -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+async def test_starts_and_stops_race_with_exits_and_reused_numbers(part: int) -> None:
     """Every rank's exit is told as it was, and whoever got a number of ours is left alone."""
-    chance = random.Random(5)
+    chance = random.Random(5 + part)
     met = 0
     async with beside():
         for _ in range(RACES // RANKS):
@@ -98,9 +101,10 @@ async def test_starts_and_stops_race_with_exits_and_reused_numbers() -> None:
     assert met >= RACES // RANKS or not CAN_CHOOSE
 
 
-async def test_a_stop_at_any_moment_of_a_start_races_with_exits() -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+async def test_a_stop_at_any_moment_of_a_start_races_with_exits(part: int) -> None:
     """What was started has one status, its own or that of our signal."""
-    chance = random.Random(7)
+    chance = random.Random(7 + part)
     async with beside():
         for _ in range(RACES // RANKS):
             ctx: PContext = await start_processes(
