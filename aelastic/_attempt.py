@@ -38,7 +38,7 @@ def check_limits(spec: RunSpec, plans: Plans) -> int:
     """Raise unless a gang's descriptors are there: those it passes on are open, and there is room for its own.
 
     Returns:
-        How many it will open.
+        How many it will have open when all ranks are started.
 
     Raises:
         OSError: EBADF or EMFILE, naming the run and what is missing.
@@ -47,9 +47,8 @@ def check_limits(spec: RunSpec, plans: Plans) -> int:
     sockets = 0 if spec.health is None else spec.nprocs
     streams = sum(_DESCRIPTORS[plan.route] for streams in plans.values() for plan in streams.values())
     ranks = spec.nprocs * (2 if spec.is_command else 4)  # pidfds (ours and asyncio's) and pipes
-    needed = streams + ranks + sockets + TRANSIENT_DESCRIPTORS
-    check_descriptors(needed, spec.name)
-    return needed
+    check_descriptors(streams + ranks + sockets + TRANSIENT_DESCRIPTORS, spec.name)
+    return streams + ranks + sockets
 
 
 @final

@@ -3,8 +3,8 @@
 Stalls add up over all that is ready in one iteration of a loop, so a bound for each stream alone is not enough.
 
 Waking up for every line costs more than reading it. So a stream that wakes the loop for a little again and again, with
-less than an eighth of a second between, is no longer waited for but looked at every eighth of a second, together with
-the others of its kind: from when they wake the loop a thousand times a second on, as long as there are several of them.
+less than 0.15 s between, is no longer waited for but looked at every 0.15 s, together with the others of its kind: from
+when they wake the loop a thousand times a second on, as long as there are several of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ITERATION = 0.004
 """Seconds of one iteration of the loop that reading may take, give or take a chunk."""
 TURN = 0.002
 """Seconds of one stream's turn."""
-TICK = 0.125
+TICK = 0.15
 """Seconds between two looks at streams that write all the time."""
 WINDOW = 0.1
 CROWDED = 100
