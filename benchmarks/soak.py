@@ -161,6 +161,8 @@ class Shelf:
     def read(self, run_dir: str, records: str) -> None:
         """Compare all files of a run with what its workers kept."""
         for name in sorted(os.listdir(records)):
+            if name.endswith(".new"):  # who began it was killed before it wrote anything
+                continue
             rank, attempt = map(int, name.split("."))
             path = os.path.join(run_dir, f"attempt_{attempt}", str(rank), "stdout.log")
             self._compare(rank, path, kept(os.path.join(records, name)))

@@ -125,6 +125,11 @@ def kill_descendants() -> None:
             continue
 
 
+def lives(pid: int) -> bool:
+    """Whether a process of ours has this number, and is no zombie; a freed one is soon somebody else's."""
+    return bool(stat := _stat(pid)) and stat[0] not in (b"X", b"Z") and OURS.encode() in _read(pid, "environ")
+
+
 def _stat(pid: int) -> list[bytes]:
     """The fields of /proc/pid/stat from the state on (proc_pid_stat(5)); [] when it is gone."""
     return _read(pid, "stat").rpartition(b") ")[2].split()

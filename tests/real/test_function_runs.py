@@ -29,6 +29,7 @@ from aelastic import (
     WorkerSignaled,
     start_processes,
 )
+from tests.leaks import lives
 from tests.real import deeds
 from tests.real.jobs import double, evaluate, fail
 from tests.real.runs import QUICK, all_events, capture, ready, redirect, tee
@@ -363,7 +364,7 @@ async def test_kill_reaches_everything_that_a_function_started(method: Method) -
         found = await ctx.wait_for_line(r"pids (\d+) (\d+)", timeout=NET)
         pids = [int(found.match[group]) for group in (1, 2)]
         await ctx.close()
-    assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}/exe")]
+    assert not [pid for pid in pids if lives(pid)]
 
 
 async def test_a_worker_forked_beside_another_run_keeps_none_of_its_pipes() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from aelastic import PContext, StopPolicy, StopRequested, WorkerSignaled, start_processes
+from tests.leaks import lives
 from tests.real.runs import PATIENT, all_events, capture, ready, start
 from tests.ways_to_die import (
     DEAF_TO_TERM,
@@ -27,22 +28,13 @@ TURNS = (0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233)
 SHORT = StopPolicy(steps=((signal.SIGTERM, 0.1), (signal.SIGKILL, 10.0)), drain=0.1)
 
 
-def alive(pid: int) -> bool:
-    """Whether a process of that number is there and no zombie."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
-            return stat.read().rpartition(") ")[2][0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 @pytest.mark.parametrize("way", WAYS, ids=str)
 async def test_close_ends_whatever_it_is(way: Way) -> None:
     """And returns when no process of the run is left."""
     ctx = await start({0: way, 1: way})
     pids = ctx.pids()
     await ctx.close()
-    assert not [pid for pid in pids.values() if alive(pid)]
+    assert not [pid for pid in pids.values() if lives(pid)]
     assert ctx.result is not None
 
 
@@ -80,7 +72,7 @@ async def test_a_close_cancelled_at_any_turn_ends_the_run_first(turns: int) -> N
         await task
     except asyncio.CancelledError:
         assert begun
-    assert not [pid for pid in pids.values() if alive(pid)]
+    assert not [pid for pid in pids.values() if lives(pid)]
     assert ctx.result is not None
 
 
@@ -96,7 +88,7 @@ async def test_a_close_cancelled_again_and_again_ends_the_run_first() -> None:
         await asyncio.sleep(0)
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert not [pid for pid in pids.values() if alive(pid)]
+    assert not [pid for pid in pids.values() if lives(pid)]
 
 
 async def test_a_signal_in_place_of_the_first() -> None:
@@ -179,7 +171,7 @@ def test_a_forgotten_context_ends_with_the_loop(loop: Callable[[], asyncio.Abstr
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(forgetful())
     assert len(pids) == 2
-    assert not [pid for pid in pids if alive(pid)]
+    assert not [pid for pid in pids if lives(pid)]
 
 
 # Not on uvloop: its loop.close() can hang after that, with a bare create_subprocess_exec too.
