@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -264,7 +265,11 @@ class GuardProcess:
 
     def kill(self) -> None:
         """End it at once; it has nothing to finish while we live."""
-        self._process.kill()
+        if self.sentry < 0:
+            self._process.kill()
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.sentry, signal.SIGKILL)  # its number may be another's by now
 
     def wait(self) -> None:
         """Block until it has ended, and reap it."""

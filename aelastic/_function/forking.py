@@ -75,7 +75,7 @@ async def fork(call: Call, command: Command, result: ResultChannel) -> Process:
     confirmation.started()
     child = ForkedChild(pid)
     process = Process(child, started_ns, confirmation, command.cgroup)
-    process.exited.add_done_callback(lambda _: child.collect())
+    process.exited.add_done_callback(lambda _: child.collect(process.pidfd))
     return process
 
 
@@ -118,10 +118,15 @@ class ForkedChild:
     def was_collected(self) -> None:
         """Learn that another waiter of the host took the status."""
 
-    def collect(self) -> None:
-        """Collect the child, which has ended."""
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
+    def collect(self, pidfd: int | None) -> None:
+        """Collect the child, which has ended.
+
+        Args:
+            pidfd: of it. By its number another child could be meant, and waited for, if the kernel collected this one.
+        """
+        if pidfd is not None:
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
         if not self.done.done():
             self.done.set_result(None)
 

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -433,8 +433,11 @@ async def test_a_forked_host_doesnt_hold_the_lifeline() -> None:
 
 def holds(pid: int) -> list[str]:
     """What a process has open."""
-    fds = [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
-    return [os.readlink(fd) for fd in fds if os.path.lexists(fd)]
+    links = []
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):  # closed meanwhile
+            links.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
+    return links
 
 
 async def test_a_stopped_guard_is_replaced_when_it_reads_too_little(monkeypatch: pytest.MonkeyPatch) -> None:

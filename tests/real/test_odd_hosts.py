@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from aelastic import PContext, RunProcsResult, start_processes
+from aelastic._function.forking import ForkedChild
 from tests.conftest import LOOPS
+from tests.real.children import process_of_pid
 from tests.real.jobs import evaluate
 from tests.real.runs import QUICK
 from tests.real.zookeeper import METHODS, Method
@@ -88,6 +90,21 @@ async def test_a_host_that_ignores_sigchld_is_told_of_every_exit(method: Method)
         check(await ended(method))
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+async def test_a_child_that_got_the_number_of_a_collected_worker_is_neither_waited_for_nor_collected() -> None:
+    """Where the kernel or the host collects our children, a number may be another child's before we come to it."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    worker = ForkedChild(pid)
+    assert worker.pidfd is not None
+    os.waitpid(pid, 0)
+    with process_of_pid(pid) as other:
+        worker.collect(worker.pidfd)  # by number it would wait for the other one's end
+        assert worker.done.done()
+        assert os.waitpid(other, os.WNOHANG) == (0, 0)
+    os.close(worker.pidfd)
 
 
 STARTS = ("aelastic._process.launch", None, "start_collected")

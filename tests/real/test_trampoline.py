@@ -144,14 +144,14 @@ def odd_signals() -> Iterator[None]:
 async def test_workers_start_with_an_empty_mask_and_default_actions() -> None:
     async with child(*python("os.execv('/bin/grep', ['grep', '-E', 'Sig(Blk|Ign)', '/proc/self/status'])")) as started:
         blocked, ignored = await started.line(), await started.line()
-    assert int(blocked.split()[1], 16) == 0
-    assert int(ignored.split()[1], 16) & ~_bits(signal.SIGPIPE, signal.SIGXFSZ) == 0  # Python's own, before it exec'd
+    assert _mask(blocked) == 0
+    assert _mask(ignored) & ~_bits(signal.SIGPIPE, signal.SIGXFSZ) == 0  # Python's own, before it exec'd
 
 
 async def test_a_plain_host_needs_no_trampoline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trampoline, "argv_of", None)
     async with child("grep", "-E", "Sig(Blk|Ign)", "/proc/self/status") as started:
-        assert [int(line.split()[1], 16) for line in await started.rest()] == [0, 0]
+        assert [_mask(line) for line in await started.rest()] == [0, 0]
 
 
 @pytest.mark.parametrize("options", [{}, {"umask": 0o22}])
@@ -159,9 +159,14 @@ async def test_a_hangup_that_the_host_ignores_stays_ignored(options: dict[str, A
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         async with child("grep", "SigIgn", "/proc/self/status", **options) as started:
-            assert int((await started.line()).split()[1], 16) == _bits(signal.SIGHUP)
+            assert _mask(await started.line()) == _bits(signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def _mask(line: str) -> int:
+    """Without the C library's own two, which nobody can set, and which whatever posix_spawn(3) started ignores."""
+    return int(line.split()[1], 16) & ~_bits(32, 33)
 
 
 def _bits(*numbers: int) -> int:
