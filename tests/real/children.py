@@ -147,17 +147,31 @@ async def tree() -> AsyncIterator[Tree]:
 
 
 @contextlib.contextmanager
+def next_pid(pid: int) -> Iterator[None]:
+    """Let the next process have this number; those after the block go on where they were.
+
+    Else tests beside this one would get numbers that have just been freed.
+    """
+    before = LAST_PID.read_text()
+    LAST_PID.write_text(str(pid - 1))
+    try:
+        yield
+    finally:
+        LAST_PID.write_text(before)
+
+
+@contextlib.contextmanager
 def process_of_pid(pid: int) -> Iterator[int]:
     """A stranger, leader of a session of its own, that got this pid; killed at the end."""
     if os.getuid() != 0 or not LAST_PID.exists():
         pytest.skip("choosing a pid takes root and /proc/sys/kernel/ns_last_pid")
     for _ in range(100):
         read, write = os.pipe()
-        LAST_PID.write_text(str(pid - 1))
-        got = os.fork()
-        if got == 0:
-            os.setsid()
-            os.execv("/bin/sh", ["sh", "-c", "exec sleep 60"]) if _say(write) else None
+        with next_pid(pid):
+            got = os.fork()
+            if got == 0:
+                os.setsid()
+                os.execv("/bin/sh", ["sh", "-c", "exec sleep 60"]) if _say(write) else None
         os.close(write)
         os.read(read, 1)
         os.close(read)

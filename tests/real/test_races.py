@@ -20,7 +20,7 @@ import pytest
 
 from aelastic import DefaultLogsSpecs, PContext, RunProcsResult, Starting, Std, WorkerExited, start_processes
 from tests import leaks
-from tests.real.children import LAST_PID
+from tests.real.children import LAST_PID, next_pid
 from tests.real.runs import QUICK
 from tests.ways_to_die import DEAF_TO_TERM
 
@@ -58,8 +58,8 @@ async def raced(pause: float, strangers: list[subprocess.Popen[bytes]]) -> RunPr
 def given(pid: int) -> subprocess.Popen[bytes] | None:
     """A stranger of this number, leader of a session and group; None where it can't be had."""
     for _ in range(20):
-        LAST_PID.write_text(str(pid - 1))
-        stranger = subprocess.Popen(["sleep", "600"], start_new_session=True, stdout=subprocess.DEVNULL)
+        with next_pid(pid):
+            stranger = subprocess.Popen(["sleep", "600"], start_new_session=True, stdout=subprocess.DEVNULL)
         if stranger.pid == pid:
             return stranger
         ended(stranger)

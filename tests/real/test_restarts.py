@@ -298,7 +298,9 @@ async def test_a_rank_that_can_not_be_started_takes_down_those_before_it(tmp_pat
 async def test_the_old_tree_is_gone_before_the_new_start(scope: str, tmp_path: Path) -> None:
     """A grandchild in a session of its own, deaf to SIGTERM, doesn't see the next attempt."""
     leaves = "trap '' TERM; setsid sleep 600 <&- >&- 2>&- & echo $! > pid; exit 3"
-    looks = "p=$(cat pid); [ -d /proc/$p ] && ! grep -q State:.Z /proc/$p/status && exit 9; exit 0"
+    looks = (
+        'p=$(cat pid); grep -aq "$AELASTIC_RUN_ID" /proc/$p/environ && exit 9; exit 0'  # the number may be another's
+    )
     script = f"cd {tmp_path}; [ $AELASTIC_ATTEMPT = 1 ] && {{ {looks}; }}; {leaves}"
     result, _ = await result_of(sh(script, restart=restart(1, scope=scope)))
     assert (result.outcome, result.exits[0].code) == ("succeeded", 0)
