@@ -535,16 +535,21 @@ async def test_a_stranger_lives_also_when_the_guard_hears_late_that_the_number_i
         guard = await guard_of(zoo.process.pid)
         while sum("pidfd" in link for link in holds(guard)) < 3:  # the supervisor's, and a worker's each
             await asyncio.sleep(0.002)
+        began = procfs.started_ticks(freed)
         os.kill(guard, signal.SIGSTOP)
-        os.kill(freed, signal.SIGUSR1)
-        while os.path.exists(f"/proc/{freed}"):
-            await asyncio.sleep(0.002)
-        with process_of_pid(freed) as stranger:
-            await asyncio.sleep(2 / procfs.TICKS_A_SECOND)  # the guard's clock shall be past the stranger's birth
-            os.kill(guard, signal.SIGCONT)
-            assert await zoo.gone() < GRACE + BOUND
-            await guards_gone(zoo.process.pid)
-            assert os.waitpid(stranger, os.WNOHANG) == (0, 0)
+        try:
+            os.kill(freed, signal.SIGUSR1)
+            while procfs.started_ticks(freed) == began:
+                await asyncio.sleep(0.002)
+            with process_of_pid(freed) as stranger:
+                await asyncio.sleep(2 / procfs.TICKS_A_SECOND)  # the guard's clock shall be past the stranger's birth
+                os.kill(guard, signal.SIGCONT)
+                assert await zoo.gone() < GRACE + BOUND
+                await guards_gone(zoo.process.pid)
+                assert os.waitpid(stranger, os.WNOHANG) == (0, 0)
+        finally:
+            with suppress(ProcessLookupError):  # also where the number was not to be had
+                os.kill(guard, signal.SIGCONT)
 
 
 async def test_a_number_used_again_in_the_same_tick_is_known_by_its_pidfd() -> None:
