@@ -104,7 +104,6 @@ class Gang:
             self._starting = rank
             processes[rank] = process = await self._launch(rank)
             self._machines.tree.add(rank, process)
-            self._machines.watch.worker(rank, process.pid, process.pidfd, process.held_ticks)
             self._opened.started(rank)
             if self.spec.starts_in_order and not await self._may_follow(rank, process):
                 break

@@ -107,10 +107,8 @@ class Watch:
         if not held_ticks:
             return  # ended and collected already: what it left behind is found by its lineage
         inode = 0 if pidfd is None else procfs.inode_of(pidfd)
-        line = f"worker {self.run_id} {rank} {pid} {held_ticks} {inode}\n"
-        if self._workers.get(rank) != line:
-            self._workers[rank] = line
-            self._tell(line)
+        self._workers[rank] = line = f"worker {self.run_id} {rank} {pid} {held_ticks} {inode}\n"
+        self._tell(line)
 
     @property
     def lines(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import secrets
@@ -222,11 +223,7 @@ class Run:
         stack.callback(tree.close)
         self.ward = ward = self._open_ward(tree)
         stack.push_async_callback(ward.close)
-        server = ForkServer(
-            self.spec.name,
-            self.spec.options,
-            on_started=lambda process: watched.worker(SERVER, process.pid, process.pidfd, process.held_ticks),
-        )
+        server = ForkServer(self.spec.name, self.spec.options, functools.partial(watched.worker, SERVER))
         stack.push_async_callback(server.close)
         console = Console()
         stack.callback(console.close)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -36,7 +38,12 @@ def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.Abstrac
 
 
 def pytest_sessionstart() -> None:
-    """Let each loop open what it opens once a process and keeps, before the first snapshot."""
+    """Let each loop open what it opens once a process and keeps, before the first snapshot.
+
+    A shell's background job ignores SIGINT; the tests take their host's signals to be plain.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     leaks.mark_lineage()
     for name, new_loop in LOOPS.items():
         try:
@@ -90,6 +97,16 @@ def _is_this_loops(item: pytest.Item) -> bool:
         return True  # no loop test
     rest = "-".join(word for word in words if word != mine)
     return names[zlib.crc32(f"{test}[{rest}".encode()) % len(names)] == mine
+
+
+@pytest.fixture(autouse=True, scope="session")
+def temporary_directories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let runs without a log directory of their own make theirs where pytest tidies up."""
+    folder = str(tmp_path_factory.mktemp("tmp"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -74,6 +74,7 @@ async def fork(call: Call, command: Command, result: ResultChannel) -> Process:
         raise
     confirmation.started()
     child = ForkedChild(pid)
+    command.on_born(pid, child.pidfd, child.held_ticks)
     process = Process(child, started_ns, confirmation, command.cgroup)
     process.exited.add_done_callback(lambda _: child.collect(process.pidfd))
     return process

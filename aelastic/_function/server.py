@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import final
 
@@ -26,7 +26,7 @@ from aelastic._descriptors import close_socket, open_socketpair
 from aelastic._exit import ExitStatus
 from aelastic._limits import shortage
 from aelastic._options import WorkerOptions
-from aelastic._process import Command, Confirmation, Process, launch
+from aelastic._process import Command, Confirmation, OnBorn, Process, launch
 from aelastic._tasks import first_of
 
 BOOTSTRAP = str(Path(mainmodule.__file__).with_name("bootstrap.py"))
@@ -81,14 +81,14 @@ class ForkServer:
     Args:
         who: names the run in error texts.
         options: `forkserver_preload` and `pass_fds` are the server's.
-        on_started: told of each server, so that the guard can know of it: one that is stuck in what it preloads would
+        on_born: told of each server, so that the guard can know of it: one that is stuck in what it preloads would
             outlive us.
     """
 
-    def __init__(self, who: str, options: WorkerOptions, on_started: Callable[[Process], None]) -> None:
+    def __init__(self, who: str, options: WorkerOptions, on_born: OnBorn) -> None:
         self._who = f"{who}'s fork server"
         self._options = options
-        self._on_started = on_started
+        self._on_born = on_born
         self._starting = asyncio.Lock()
         self._socket: socket.socket | None = None
         self._process: Process | None = None
@@ -117,7 +117,6 @@ class ForkServer:
             ours.setblocking(False)  # noqa: FBT003  # positional only
             settings = json.dumps({"sys_path": sys.path, "preload": list(self._options.forkserver_preload)})
             self._process = await self._launch(program, env, theirs, settings)
-            self._on_started(self._process)
         except BaseException:
             close_socket(ours)
             raise
@@ -143,6 +142,7 @@ class ForkServer:
                     options=WorkerOptions(),
                     rank=0,
                     who=self._who,
+                    on_born=self._on_born,
                 )
             )
         finally:
@@ -172,6 +172,7 @@ class ForkServer:
         except OSError as error:
             what = shortage(error.errno or 0) or error.strerror
             raise OSError(error.errno, f"{command.who} can't be started: {what}") from error
+        command.on_born(child.pid, child.pidfd, child.held_ticks)
         process = Process(child, started_ns, confirmation, command.cgroup)
         process.exited.add_done_callback(lambda _: child.ended(None))
         return process

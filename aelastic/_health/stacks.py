@@ -93,11 +93,11 @@ class Stacks:
         loop = asyncio.get_running_loop()
 
         async def write() -> None:
-            found = (await self._members((rank,))).get(rank, ())
+            members = (await self._members((rank,))).get(rank, ())
+            worker = next((member for member in members if member.pid == pid), None)
             text = f"aelastic: rank {rank} (pid {pid}): {why}\n{await self.of(rank, pid)}"
-            for worker in found:
-                if worker.pid == pid:
-                    await loop.run_in_executor(self._threads, write_to_stderr, worker, text)
+            if worker is not None:
+                await loop.run_in_executor(self._threads, write_to_stderr, worker, text)
 
         writing = loop.create_task(write(), name=f"stacks of rank {rank}")
         await asyncio.wait({writing}, timeout=LOG_WITHIN)

@@ -84,9 +84,12 @@ class Meter:
         while not self._ends.done():
             due = max(due + every, loop.time())  # what a slow machine can't keep up with is left out
             await asyncio.wait({self._ends}, timeout=due - loop.time())
-            with contextlib.suppress(OSError, RuntimeError):  # no descriptor or thread is left: the next may find some
-                if not self._ends.done() and (usages := await self.read()):
-                    tell(usages)
+            usages: dict[int, Usage] = {}
+            if not self._ends.done():
+                with contextlib.suppress(OSError, RuntimeError):  # no descriptor, no thread: the next may have
+                    usages = await self.read()
+            if usages:
+                tell(usages)
 
     async def close(self) -> None:
         """Sample no more; idempotent."""

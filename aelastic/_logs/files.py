@@ -101,7 +101,6 @@ class FileSink:
         """What the task waits for while it has nothing to do, or makes a pause."""
         self._idle = False
         """Whether the task waits for work."""
-        self._started = self._given_up = False
         self._task: ServiceTask[None] | None = None
         self.opened: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
         """Resolved when the file is open, or with what is in the way; a failure is tried again at the next write."""
@@ -127,12 +126,12 @@ class FileSink:
 
     def start(self) -> None:
         """Open the file and begin to write, in the running loop; see `opened`."""
-        self._started = self._at_desk = True
+        self._at_desk = True
         self._desk.ask(self._file.open, self._was_opened)
 
     def _was_opened(self, error: BaseException | None) -> None:
         self._at_desk = False
-        if self._given_up:
+        if self._file.given_up:
             return
         if error is not None and not isinstance(error, OSError):
             self._on_broken(error)
@@ -172,7 +171,7 @@ class FileSink:
 
     def _small_written(self, error: BaseException | None) -> None:
         self._at_desk = False
-        if self._given_up:
+        if self._file.given_up:
             return
         if error is None:
             self._batch_written()
@@ -187,8 +186,8 @@ class FileSink:
         """
         self._finishing = True
         self._desk.not_at(self._next_small, self._write_small)
-        if not self._started:
-            return
+        if not (self._at_desk or self.opened.done()):
+            return  # it was never started
         self._look_for_more()
         self._wake()  # it is the task that closes the file
         if not await self._written():
@@ -329,7 +328,7 @@ class FileSink:
             self._on_lost(deleted, f"{self.path} was deleted while it was written")
 
     async def _give_up(self, reason: str) -> None:
-        self._given_up, self._reason = True, reason
+        self._reason = reason
         self._file.give_up()
         if not self.opened.done():
             self.opened.set_result(OSError(errno.EIO, f"{self.path} was given up before it was open"))

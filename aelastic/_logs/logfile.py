@@ -76,7 +76,8 @@ class LogFile:
         self._line_start = 0
         """Where in the current piece its last line begins."""
         self._pieces = None if rotate is None else Pieces(path)
-        self._given_up = False
+        self.given_up = False
+        """Whether nobody waits any more for a call that hangs."""
 
     def open(self) -> None:
         """Open the current piece.
@@ -92,7 +93,7 @@ class LogFile:
         self._own_bytes = 0
         if self._timestamps:
             self._index_fd = open_for_append(self.path + INDEX_SUFFIX, os.O_WRONLY, nonblocking=True)
-        if self._given_up:
+        if self.given_up:
             self._close()
 
     def writelines(self, batch: Batch) -> None:
@@ -113,7 +114,7 @@ class LogFile:
                 for data, at_ns in batch:
                     self._append_in_pieces(data, at_ns, self._rotate.max_bytes)
         finally:
-            if self._given_up:
+            if self.given_up:
                 self.close()
 
     def _reopen_deleted(self) -> None:
@@ -140,7 +141,7 @@ class LogFile:
 
     def give_up(self) -> None:
         """Say that nobody waits for a call that hangs: it closes the file itself when it comes back."""
-        self._given_up = True
+        self.given_up = True
 
     def all_pieces(self) -> tuple[str, ...]:
         """Paths of the pieces that are there, oldest first, the current one last."""

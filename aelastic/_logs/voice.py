@@ -73,10 +73,10 @@ class Voice:
         return place.aside_bytes >= WAITING_BYTES or self._view.held_bytes > HELD_BYTES
 
     def wake_when_room(self, wake: Callable[[], None]) -> None:
-        """Call back when `full` is worth another look; perhaps in vain, never more often than one look is worth.
+        """Call back when `full` is worth another look, however often this is asked meanwhile; perhaps in vain.
 
         Args:
-            wake: the same each time.
+            wake: the stream's one way to look again.
         """
         if self._recheck is None:  # the end of a hold and a stall announce themselves to nobody
             self._recheck = asyncio.get_running_loop().call_later(RECHECK, self._looked_again, wake)

@@ -15,6 +15,7 @@ everything that came from the processes of a run.
 """
 
 from .cgroups import Cgroups, choose_cgroups
+from .collection import OnBorn
 from .handle import Process
 from .launch import Command, launch, resolve
 from .signals import signal_alone
@@ -25,6 +26,7 @@ __all__ = [
     "Cgroups",
     "Command",
     "Confirmation",
+    "OnBorn",
     "Process",
     "Tree",
     "choose_cgroups",

@@ -124,7 +124,7 @@ class _FirstStep:
 class Collection:
     """asyncio's side of a child: its pid, our pidfd of it as early as can be, and that asyncio has collected it."""
 
-    def __init__(self, on_born: OnBorn | None = None) -> None:
+    def __init__(self, on_born: OnBorn) -> None:
         self._on_born = on_born
         self.pid = 0
         self.pidfd: int | None = None
@@ -182,8 +182,7 @@ class Collection:
             self.shortage = error
         else:
             self.held_ticks = now if self.pidfd is not None else 0
-            if self._on_born is not None:
-                self._on_born(pid, self.pidfd, self.held_ticks)
+            self._on_born(pid, self.pidfd, self.held_ticks)
             if self.pidfd is None and not platform.is_uncollected_child(pid):
                 self.taken = not watched
                 self.was_collected()

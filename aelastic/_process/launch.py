@@ -47,8 +47,9 @@ class Command:
     """Run and rank, as error texts name them."""
     cgroup: str = ""
     """Folder of the cgroup it is to be in; empty for ours."""
-    on_born: OnBorn | None = None
-    """Told of the process in the very turn in which it is spawned; also of one whose start fails after that."""
+    on_born: OnBorn
+    """Told of the process as soon as its pid is known, for what is spawned in that very turn; also if the start fails
+    after that."""
     found: str = ""
     """What `resolve` says, if somebody has asked: then nobody looks along the PATH again."""
 

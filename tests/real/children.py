@@ -41,6 +41,7 @@ def command(
         stderr=2,
         pass_fds=(),
         options=WorkerOptions(**options),
+        on_born=lambda *_: None,
         rank=rank,
         who=f"demo rank {rank}",
     )

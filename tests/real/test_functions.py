@@ -120,7 +120,7 @@ async def started(
         stop=None,
     )
     processes: dict[int, Process] = {}
-    server = ForkServer("fn", spec.options, on_started=lambda process: None)
+    server = ForkServer("fn", spec.options, on_born=lambda *_: None)
     function = await Function.prepare(spec, range(nprocs), threads, server)
     try:
         for rank in range(nprocs):
@@ -155,6 +155,7 @@ async def launch(
                 stderr=err.fileno(),
                 pass_fds=tuple(options.pass_fds),
                 options=options,
+                on_born=lambda *_: None,
                 rank=rank,
                 who=f"fn rank {rank}",
             ),

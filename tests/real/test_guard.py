@@ -332,7 +332,7 @@ async def test_the_guard_is_small_and_idle() -> None:
 
 
 async def steady_cpu_seconds(pid: int) -> float:
-    """What it has used once it has read what it was told last: workers are named to it together, a little later."""
+    """What it has used once it has read what it was told last: between two reads it rests for a moment."""
     before = -1.0
     while (now := cpu_seconds(pid)) != before:
         before = now

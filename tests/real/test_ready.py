@@ -345,13 +345,19 @@ async def test_an_ordered_start_ends_when_a_rank_that_was_ready_fails() -> None:
         assert (result.outcome, set(result.failures), set(result.victims)) == ("failed", {0}, {1})
 
 
-async def test_an_ordered_start_can_be_cancelled() -> None:
+async def test_an_ordered_start_can_be_cancelled(tmp_path: Path) -> None:
     """What was started is gone then."""
-    starting = asyncio.ensure_future(
-        _open(launch((*PYTHON, FOREVER), (*PYTHON, FOREVER), health=ready(Notify(), start_order="sequential")))
+    begun = tmp_path / "0"
+    begins = (
+        *PYTHON,
+        f"import os; open({str(tmp_path)!r} + '/' + os.environ['AELASTIC_RANK'], 'w').close(); {FOREVER}",
     )
-    await asyncio.sleep(0.2)
+    starting = asyncio.ensure_future(_open(launch(begins, begins, health=ready(Notify(), start_order="sequential"))))
+    async with asyncio.timeout(30):
+        while not begun.exists():
+            await asyncio.sleep(0.002)
     assert not starting.done()
+    assert not (tmp_path / "1").exists()
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
