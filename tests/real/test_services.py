@@ -58,7 +58,7 @@ def cluster() -> Iterator[str]:
     if not initdb.is_file():
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
     user = unprivileged()
-    with tempfile.TemporaryDirectory(prefix="pg") as folder:
+    with tempfile.TemporaryDirectory(prefix="pg", dir="/tmp") as folder:  # pytest lets nobody else into its own
         if user is not None:
             os.chown(folder, pwd.getpwnam(user).pw_uid, -1)
         options = ["--no-sync", "--no-locale", "--auth=trust", "--username=test", "-D", f"{folder}/data"]
