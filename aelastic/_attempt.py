@@ -20,6 +20,7 @@ from ._process import Cgroups, Tree
 from ._results import Survivor
 from ._returned import Value
 from ._spec import RunSpec
+from ._std import STREAMS
 from ._threads import Threads
 
 _DESCRIPTORS = {Route.INHERIT: 0, Route.DISCARD: 1, Route.FILE: 1, Route.PIPE: 4}
@@ -34,21 +35,25 @@ class StartAbandoned(Exception):
     """The run was stopped before all its ranks had been started."""
 
 
-def check_limits(spec: RunSpec, plans: Plans) -> int:
-    """Raise unless a gang's descriptors are there: those it passes on are open, and there is room for its own.
+def most_descriptors(spec: RunSpec) -> int:
+    """How many descriptors a gang can have open when all its ranks are started, wherever its output goes."""
+    return len(STREAMS) * spec.nprocs * max(_DESCRIPTORS.values()) + _of_ranks(spec)
 
-    Returns:
-        How many it will have open when all ranks are started.
+
+def check_limits(spec: RunSpec, plans: Plans) -> None:
+    """Raise unless a gang's descriptors are there: those it passes on are open, and there is room for its own.
 
     Raises:
         OSError: EBADF or EMFILE, naming the run and what is missing.
     """
     check_open(spec.options.pass_fds, spec.name)
-    sockets = 0 if spec.health is None else spec.nprocs
     streams = sum(_DESCRIPTORS[plan.route] for streams in plans.values() for plan in streams.values())
-    ranks = spec.nprocs * (2 if spec.is_command else 4)  # pidfds (ours and asyncio's) and pipes
-    check_descriptors(streams + ranks + sockets + TRANSIENT_DESCRIPTORS, spec.name)
-    return streams + ranks + sockets
+    check_descriptors(streams + _of_ranks(spec) + TRANSIENT_DESCRIPTORS, spec.name)
+
+
+def _of_ranks(spec: RunSpec) -> int:
+    """Those that are not for output: pidfds (ours and asyncio's), pipes for calls and results, readiness sockets."""
+    return spec.nprocs * ((2 if spec.is_command else 4) + (spec.health is not None))
 
 
 @final

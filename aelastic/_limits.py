@@ -42,10 +42,22 @@ def make_room(needed: int) -> None:
     """Let the kernel's table of our descriptors grow for so many more, once and now; never fails.
 
     In a process with threads each growth waits for all processors of the machine (expand_files in fs/file.c), for 5 to
-    20 ms. So it is asked for in a thread: the loop would wait for it in the midst of opening pipes.
+    20 ms. So it is asked for in a thread, unless there is none yet: the loop would wait for it in the midst of opening
+    pipes.
     """
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    last = open_descriptors() + needed
+    if soft != resource.RLIM_INFINITY:
+        last = min(last, soft - 1)
     with contextlib.suppress(OSError), open(os.devnull, "rb", buffering=0) as some:
-        os.close(fcntl.fcntl(some, fcntl.F_DUPFD_CLOEXEC, open_descriptors() + needed))
+        os.close(fcntl.fcntl(some, fcntl.F_DUPFD_CLOEXEC, last))
+
+
+def has_one_thread() -> bool:
+    """Whether this process has no thread but this one, be it of the interpreter or not; False where nobody tells."""
+    with contextlib.suppress(OSError):
+        return len(os.listdir("/proc/self/task")) == 1
+    return False
 
 
 def check_open(fds: Iterable[int], who: str) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar, final
 
-from ._attempt import Machines, StartAbandoned, Terms, check_limits
+from ._attempt import Machines, StartAbandoned, Terms, check_limits, most_descriptors
 from ._bus import Bus
 from ._conditions import Question
 from ._ending import Cause
@@ -26,7 +26,7 @@ from ._failures import RankMappingError
 from ._function import ForkServer
 from ._guard import SERVER, watch
 from ._health import Ward
-from ._limits import as_start_error, make_room
+from ._limits import as_start_error, has_one_thread, make_room
 from ._logs import (
     Console,
     InheritLogsSpecs,
@@ -39,6 +39,7 @@ from ._logs import (
     Route,
     check_dest,
     plan,
+    shown,
 )
 from ._policies import Step
 from ._process import Cgroups, Tree, choose_cgroups, signal_alone
@@ -202,9 +203,14 @@ class Run:
         stack.callback(self._disks.close)
         if isinstance(self._logs, InheritLogsSpecs):
             stack.push_async_callback(self._on_disk, self._logs.remove)
-        terms = await self._settle(0)
         loop, stop = asyncio.get_running_loop(), self.spec.stop
-        room = loop.run_in_executor(threads, make_room, check_limits(self.spec, terms.plans))
+        room = self._make_room(threads)
+        terms = await self._settle(0)
+        check_limits(self.spec, terms.plans)
+        console = Console()
+        stack.callback(console.close)
+        for std in shown(terms.plans):
+            console.lease(std)  # before the guard, whose boot would keep the processor from the console's new thread
         self.log_dir = terms.dest.run_dir
         await self._open_journal(stack, terms.dest.journal)
         chosen = await loop.run_in_executor(threads, choose_cgroups, stop.containment, self.run_id, self.spec.name)
@@ -225,8 +231,6 @@ class Run:
         stack.push_async_callback(ward.close)
         server = ForkServer(self.spec.name, self.spec.options, functools.partial(watched.worker, SERVER))
         stack.push_async_callback(server.close)
-        console = Console()
-        stack.callback(console.close)
         stack.push_async_callback(console.settled, self.spec.stop.drain)
         return await self._see_through(
             terms,
@@ -244,6 +248,16 @@ class Run:
                 starts=asyncio.Lock(),
             ),
         )
+
+    def _make_room(self, threads: Threads) -> asyncio.Future[None]:
+        """Let the table of descriptors grow; at once while no thread is there that would make it slow."""
+        loop, needed = asyncio.get_running_loop(), most_descriptors(self.spec)
+        if not has_one_thread():
+            return loop.run_in_executor(threads, make_room, needed)
+        make_room(needed)
+        made = loop.create_future()
+        made.set_result(None)
+        return made
 
     def _open_ward(self, tree: Tree) -> Ward:
         ward = Ward(

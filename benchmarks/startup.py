@@ -11,6 +11,7 @@ import functools
 import importlib
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -31,13 +32,15 @@ def questions(sizes: Sizes) -> Iterator[Question]:
     contenders = {OURS: "startup:ours", BARE: "startup:bare"}
     if has_torch():
         contenders[torch_name()] = "startup:torch"
-    samples = take_turns(
-        sizes.rounds,
-        {
-            who: functools.partial(alone, target, ranks=sizes.ranks, directory=sizes.directory)
-            for who, target in contenders.items()
-        },
-    )
+    # Gone when all have had their turns: ext4 makes a file the slower the more were removed in the last minutes.
+    with log_directory(sizes.directory) as directory:
+        samples = take_turns(
+            sizes.rounds,
+            {
+                who: functools.partial(alone, target, ranks=sizes.ranks, directory=directory)
+                for who, target in contenders.items()
+            },
+        )
     verdicts = at_most(samples, BARE, 1.5) + (at_most(samples, torch_name(), 1.0) if has_torch() else [])
     yield Question(f"start {sizes.ranks} commands, both streams tee'd", "ms", samples, verdicts)
 
@@ -45,28 +48,28 @@ def questions(sizes: Sizes) -> Iterator[Question]:
 async def ours(ranks: int, directory: str) -> list[float]:
     times: list[float] = []
     for _ in range(STARTS):
-        with log_directory(directory) as log_dir:
-            began = time.perf_counter()
-            ctx = await start_processes(
-                "bench",
-                COMMAND[0],
-                args=dict.fromkeys(range(ranks), COMMAND[1:]),
-                logs_specs=DefaultLogsSpecs(log_dir, tee=Std.ALL),
-                stop=KILL,
-            )
-            times.append((time.perf_counter() - began) * 1e3)
-            await ctx.close()
+        log_dir = tempfile.mkdtemp(dir=directory)
+        began = time.perf_counter()
+        ctx = await start_processes(
+            "bench",
+            COMMAND[0],
+            args=dict.fromkeys(range(ranks), COMMAND[1:]),
+            logs_specs=DefaultLogsSpecs(log_dir, tee=Std.ALL),
+            stop=KILL,
+        )
+        times.append((time.perf_counter() - began) * 1e3)
+        await ctx.close()
     return times
 
 
 async def bare(ranks: int, directory: str) -> list[float]:
     times: list[float] = []
     for _ in range(STARTS):
-        with log_directory(directory) as log_dir:
-            began = time.perf_counter()
-            processes = [await bare_rank(os.path.join(log_dir, "run", "attempt_0", str(rank))) for rank in range(ranks)]
-            times.append((time.perf_counter() - began) * 1e3)
-            await end(processes)
+        log_dir = tempfile.mkdtemp(dir=directory)
+        began = time.perf_counter()
+        processes = [await bare_rank(os.path.join(log_dir, "run", "attempt_0", str(rank))) for rank in range(ranks)]
+        times.append((time.perf_counter() - began) * 1e3)
+        await end(processes)
     return times
 
 
@@ -96,15 +99,15 @@ def torch(ranks: int, directory: str) -> list[float]:
     elastic: Any = importlib.import_module("torch.distributed.elastic.multiprocessing")
     times: list[float] = []
     for _ in range(STARTS):
-        with log_directory(directory) as log_dir:
-            began = time.perf_counter()
-            ctx = elastic.start_processes(
-                "bench",
-                COMMAND[0],
-                args=dict.fromkeys(range(ranks), COMMAND[1:]),
-                envs={rank: {} for rank in range(ranks)},
-                logs_specs=elastic.DefaultLogsSpecs(log_dir, tee=elastic.Std.ALL),
-            )
-            times.append((time.perf_counter() - began) * 1e3)
-            ctx.close(death_sig=signal.SIGKILL, timeout=5)
+        log_dir = tempfile.mkdtemp(dir=directory)
+        began = time.perf_counter()
+        ctx = elastic.start_processes(
+            "bench",
+            COMMAND[0],
+            args=dict.fromkeys(range(ranks), COMMAND[1:]),
+            envs={rank: {} for rank in range(ranks)},
+            logs_specs=elastic.DefaultLogsSpecs(log_dir, tee=elastic.Std.ALL),
+        )
+        times.append((time.perf_counter() - began) * 1e3)
+        ctx.close(death_sig=signal.SIGKILL, timeout=5)
     return times

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import _signal as signal  # type: ignore[import-not-found]  # has no stub; loading `signal` takes 4 ms more
 import os
-import signal
 
 from . import procfs
 from .procfs import Member

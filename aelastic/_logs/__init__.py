@@ -13,7 +13,7 @@ from .console import Console
 from .hub import LineHub
 from .journal import Journal
 from .outputs import Outputs
-from .plan import DEFAULT_BUFFER_BYTES, LogsDest, LogsSpecs, Plans, Route, StreamPlan, check_dest, plan
+from .plan import DEFAULT_BUFFER_BYTES, LogsDest, LogsSpecs, Plans, Route, StreamPlan, check_dest, plan, shown
 from .prefix import LineOrigin
 from .specs import DefaultLogsSpecs, InheritLogsSpecs
 from .subscribers import Lines
@@ -35,4 +35,5 @@ __all__ = [
     "StreamPlan",
     "check_dest",
     "plan",
+    "shown",
 ]

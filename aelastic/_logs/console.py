@@ -52,7 +52,9 @@ Wake = tuple[int, asyncio.AbstractEventLoop, Callable[[], None]]
 class Place:
     """One writer for everything that ends in one place. Its lock guards all of its state but the thread's own."""
 
-    def __init__(self, terminals: dict[Std, Terminal]) -> None:
+    def __init__(self, key: object, terminals: dict[Std, Terminal]) -> None:
+        self.key = key
+        """Of the register; see `terminal.key_of`."""
         self.lock = threading.Lock()
         self.terminals = terminals
         self.leases = 0
@@ -239,7 +241,8 @@ class Console:
 
     def __init__(self) -> None:
         self._streams: dict[Std, Any] = {Std.OUT: sys.stdout, Std.ERR: sys.stderr}
-        self._leased: dict[Std, tuple[object, Place]] = {}
+        self._leased: dict[Std, tuple[Place, bool]] = {}
+        """By stream: its place, and whether it shows colours."""
 
     def voice(self, std: Std, prefix: Prefix, path: str, *, rank: int = 0) -> Voice | None:
         """Give a stream its way to the console; None when the host has no such stream, or it is closed.
@@ -248,29 +251,33 @@ class Console:
             prefix: shown in its rank's colour on a terminal, unless NO_COLOR (no-color.org) or TERM=dumb says no.
             path: the stream's file, for the marker.
         """
+        if not self.lease(std):
+            return None
+        place, coloured = self._leased[std]
+        return Voice(place, std, prefix.coloured(rank) if coloured else prefix, path)
+
+    def lease(self, std: Std) -> bool:
+        """See that a stream of the host has its writer; False when the host has no such stream, or it is closed."""
         if std not in self._leased:
-            stream = self._streams[std]
-            if stream is None:
-                return None
             try:
-                self._lease(std, stream)
+                self._lease(std, self._streams[std])
             except (OSError, ValueError):
-                return None
-        coloured = (
-            is_terminal(self._streams[std]) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        )
-        return Voice(self._leased[std][1], std, prefix.coloured(rank) if coloured else prefix, path)
+                return False
+        return std in self._leased
 
     def _lease(self, std: Std, stream: Any) -> None:
+        if stream is None:
+            return
+        coloured = is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         key = key_of(stream)
         with self._lock:
             place = self._places.get(key)
             if place is None or place.closed:
-                place = self._places[key] = Place({std: terminal_of(stream)})
+                place = self._places[key] = Place(key, {std: terminal_of(stream)})
             elif std not in place.terminals:
                 place.terminals[std] = terminal_of(stream)
             place.leases += 1
-            self._leased[std] = (key, place)
+            self._leased[std] = (place, coloured)
 
     async def settled(self, within: float) -> bool:
         """Wait until what was said so far is written, or left out for good.
@@ -293,17 +300,17 @@ class Console:
         What is not written yet is left out: see `settled`.
         """
         leased, self._leased = self._leased, {}
-        for key, place in leased.values():
+        for place, _ in leased.values():
             with self._lock:
                 place.leases -= 1
                 if place.leases:
                     continue
-                if self._places.get(key) is place:
-                    del self._places[key]
+                if self._places.get(place.key) is place:
+                    del self._places[place.key]
             place.stop()
 
     def _distinct(self) -> list[Place]:
-        return list(dict.fromkeys(place for _, place in self._leased.values()))
+        return list(dict.fromkeys(place for place, _ in self._leased.values()))
 
 
 def _forked() -> None:

@@ -54,6 +54,7 @@ class Outputs:
         self._name = name
         self._given_prefixes = prefixes
         self._prefix = prefix
+        self._host = os.uname().nodename
         self._prefixes: dict[Key, Prefix] = {}
         self._filters = filters
         self._executor = executor
@@ -143,8 +144,7 @@ class Outputs:
     def _prefix_of(self, rank: int, std: Std) -> Prefix:
         if rank in self._given_prefixes:
             return Prefix.fixed(self._given_prefixes[rank])
-        host = os.uname().nodename
-        return Prefix.of(self._prefix, name=self._name, rank=rank, std=std, host=host, now_ns=time.time_ns())
+        return Prefix.of(self._prefix, name=self._name, rank=rank, std=std, host=self._host, now_ns=time.time_ns())
 
     def _pump(self, key: Key, stream: HubStream) -> Pump:
         rank, std = key

@@ -173,6 +173,11 @@ def plan(dest: LogsDest, nprocs: int, filters: Mapping[Std, Sequence[str] | None
     return {rank: {std: _stream(dest, rank, std, filters.get(std)) for std in STREAMS} for rank in range(nprocs)}
 
 
+def shown(plans: Plans) -> list[Std]:
+    """The streams of the host's console that some rank is shown on."""
+    return [std for std in STREAMS if any(of_rank[std].console for of_rank in plans.values())]
+
+
 def _stream(dest: LogsDest, rank: int, std: Std, words: Sequence[str] | None) -> StreamPlan:
     files, tees, filtered = (
         (dest.stdouts, dest.tee_stdouts, dest.filtered_stdout)

@@ -5,7 +5,10 @@ everything that came from the processes of a run.
 
     launch       Command, resolve, launch: plain exec, or through the trampoline
     trampoline   which launches need `_child/trampoline.py`, and whether it arrived
+    collection   asyncio's side of a child: its pid at birth, and when asyncio has collected it
+    watcher      by whom asyncio's own loops have it collected
     handle       Process: pid, pidfd, exit, signals to its group
+    pace         how many starts, exits and signals one turn of a loop takes in
     cgroups      the cgroups of a run, where there are any: chosen, made, read, removed
     census       whose each process of /proc is: evidence and its limits; runs in threads
     signals      to processes that were found in /proc, each checked before

@@ -1,7 +1,8 @@
 """asyncio's side of a child: how we come by its pid before anyone can collect it, and when asyncio has collected it.
 
-A worker may be over and collected before asyncio tells its pid, on 3.11 by a thread at any moment. Then neither its
-true status nor its process group could be known. So the pidfd is taken in the turn in which the child is born.
+A worker may be over and collected before asyncio tells its pid, by a thread at any moment where the host's loop waits
+in threads (`watcher`). Then neither its true status nor its process group could be known. So the pidfd is taken in the
+turn in which the child is born.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .._child import procfs
 from .._exit import UNKNOWN_RETURNCODE, ExitStatus
 from .._tasks import ServiceTask
 from . import platform
+from .watcher import collected_by_pidfd
 
 T = TypeVar("T")
 OnBorn = Callable[[int, int | None, int], object]
@@ -38,7 +40,7 @@ async def start_collected(argv: tuple[str | bytes, ...], collection: Collection,
 
     Raises:
         OSError: as the spawn told it.
-        RuntimeError: if 3.11 finds no thread to wait in.
+        RuntimeError: if 3.11 finds no thread to wait in, where it needs one (`watcher`).
     """
     loop = asyncio.get_running_loop()
     if isinstance(loop, asyncio.BaseEventLoop):
@@ -51,7 +53,7 @@ async def start_collected(argv: tuple[str | bytes, ...], collection: Collection,
 
 @contextlib.contextmanager
 def _tasks_outlast(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
-    """Let what becomes a task here end by itself, whoever cancels it.
+    """Let what becomes a task here end by itself, whoever cancels it; the child that is born here is asyncio's.
 
     asyncio connects a child in a task of its own, for whose end the start waits. `asyncio.run`'s end cancels every
     task, and one that was cancelled before its first turn would never tell.
@@ -59,7 +61,8 @@ def _tasks_outlast(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
     before = loop.get_task_factory()
     loop.set_task_factory(_outlasting)
     try:
-        yield
+        with collected_by_pidfd():
+            yield
     finally:
         loop.set_task_factory(before)
 

@@ -4,9 +4,9 @@ asyncio collects the process; we look at it through the pidfd, before or after. 
 status. What the process left behind is `tree`'s.
 
 Theory of operation: the pidfd becomes readable the moment the process ends, whoever collects it. Then the status is
-told by the first of these that can: the zombie, looked at without collecting it (from 3.12 and on uvloop we are called
-before it is collected); the pidfd, once it was collected (Linux 6.15); asyncio. Where another waiter of the host took
-the status and the kernel doesn't keep it, it is unknown, never guessed.
+told by the first of these that can: the zombie, looked at without collecting it (where nobody waits in a thread we are
+called before it is collected); the pidfd, once it was collected (Linux 6.15); asyncio. Where another waiter of the
+host took the status and the kernel doesn't keep it, it is unknown, never guessed.
 """
 
 from __future__ import annotations

@@ -227,7 +227,7 @@ def _collect(collection: Collection, error: BaseException) -> None:
 
 def _refuse(command: Command, error: OSError | RuntimeError) -> NoReturn:
     """Raise a start's error as a sentence."""
-    # 3.11 waits for each child in a thread of its own: "can't start new thread" is the same shortage.
+    # Without pidfds 3.11 waits for a child in a thread: "can't start new thread" is the same shortage.
     number = errno.EAGAIN if isinstance(error, RuntimeError) else error.errno or 0
     if number in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
         resolve(command.program, command.env, command.cwd, who=command.who)  # knows better which of them it was
