@@ -107,11 +107,12 @@ class Tail:
     def last(self, count: int) -> list[RawLine]:
         """The last lines, an unfinished one included."""
         cursor = Cursor(self)
-        found: deque[RawLine] = deque(maxlen=count)
+        cursor.skip_all_but(count)
+        found: list[RawLine] = []
         while (line := cursor.next()) is not None:
             found.append(line)
         unfinished = cursor.unfinished()
-        return [*found, unfinished][-count:] if unfinished is not None else list(found)
+        return (found if unfinished is None else [*found, unfinished])[-count:]
 
 
 @final
@@ -130,7 +131,7 @@ class Cursor:
         self._done = False
         self._to_left_edge()
         if live:
-            self._to_right_edge()
+            self.skip_all_but(0)
 
     @property
     def at_edge(self) -> bool:
@@ -160,6 +161,26 @@ class Cursor:
     def miss(self, count: int) -> None:
         """Tell of so many lines more that they were skipped before the next one."""
         self._skipped += count
+
+    def skip_all_but(self, count: int) -> None:
+        """Go to where the last `count` whole lines begin, if that is further on; looks at no line before them.
+
+        Not for a cursor that has been read from.
+        """
+        tail, wanted = self.tail, count + 1
+        self._skipped = 0
+        for back, chunk in enumerate(reversed(tail.chunks), start=1):
+            if chunk.lines < wanted:
+                wanted -= chunk.lines
+                continue
+            end = len(chunk.data)
+            for _ in range(wanted):
+                end = chunk.data.rfind(NEWLINE, 0, end)
+            self._number = tail.lines - count + 1
+            self._index = tail.dropped + len(tail.chunks) - back
+            self._held, self._truncated = b"", False
+            self._step(chunk, end + 1)
+            return
 
     def next(self) -> RawLine | None:
         """The next whole line; None when there is none yet. The last line of an ended stream is whole."""
@@ -223,15 +244,3 @@ class Cursor:
         self._number = tail.first_number
         self._index, self._offset = tail.dropped, 0
         self._held, self._truncated = tail.head, tail.head_truncated
-
-    def _to_right_edge(self) -> None:
-        tail = self.tail
-        self._number = tail.lines + 1
-        self._skipped = 0
-        for back, chunk in enumerate(reversed(tail.chunks), start=1):
-            if chunk.lines:
-                self._index = tail.dropped + len(tail.chunks) - back
-                self._offset = 0
-                self._held, self._truncated = b"", False
-                self._step(chunk, chunk.data.rfind(NEWLINE) + 1)
-                return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -165,3 +166,36 @@ def test_the_tail_keeps_the_newest_lines() -> None:
     tail.append(b"prompt> ", 0, 5000)
     assert [raw.data for raw in tail.last(2)] == [b"line 4999", b"prompt> "]
     assert len(tail.chunks) <= TAIL_LINES + 1
+
+
+@given(TEXTS, st.lists(st.integers(min_value=0)), st.integers(0, 6), st.integers(1, 6), st.booleans())
+def test_the_last_lines_are_those_that_a_reader_of_all_sees_last(
+    data: bytes, places: list[int], most: int, count: int, ended: bool
+) -> None:
+    """Numbers and times are the same, whatever was dropped and wherever the chunks were cut."""
+    tail = Tail()
+    for at_ns, chunk in enumerate(cut(data, places)):
+        tail.append(chunk, chunk.count(b"\n"), at_ns)
+        tail.trim(most, 1000)
+    tail.ended = ended
+    cursor = Cursor(tail)
+    every = read_all(cursor)
+    if (unfinished := cursor.unfinished()) is not None:
+        every.append(unfinished)
+    assert tail.last(count) == [line._replace(skipped=0) for line in every[-count:]]
+
+
+def test_the_last_lines_of_many_are_found_without_reading_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's end shows 40 of up to 20,000 lines in memory; reading them all would hold the loop for 20 ms."""
+    tail, reads = Tail(), list[None]()
+    for number in range(20_000):
+        tail.append(b"line %d\n" % number, 1, number)
+    read_next = Cursor.next
+
+    def counted(cursor: Cursor) -> RawLine | None:
+        reads.append(None)
+        return read_next(cursor)
+
+    monkeypatch.setattr(Cursor, "next", counted)
+    assert [raw.data for raw in tail.last(2)] == [b"line 19998", b"line 19999"]
+    assert len(reads) == 3
