@@ -3,7 +3,7 @@
 Every write runs on the run's own executor, one at a time for each file, by one of two ways:
 
 - aiofiles: batches of 64 KiB and more, and all that a disk refused. The writer's task awaits each as a job of its own,
-  so that a stream at full speed has a thread to itself. It is begun when there is such work for the first time, or at
+  in one of the loop's few lanes (`lanes`). It is begun when there is such work for the first time, or at
   the end: most streams never say that much.
 - The desk (`desk`): opening, closing, and batches of less than 64 KiB, which wait up to half a second for
   company. Those of all files go in one job: with many chatty workers a job, a future and the waking of a task for each
@@ -29,6 +29,7 @@ from aelastic._policies import Rotate
 from aelastic._tasks import ServiceTask, service
 
 from .desk import Desk
+from .lanes import Lanes
 from .logfile import Batch, LogFile
 
 BATCH_CHUNKS = 256
@@ -97,6 +98,9 @@ class FileSink:
         self._next_small = 0.0
         """When the next write of less than 64 KiB may begin, on the loop's clock."""
         self._desk = Desk.of(executor)
+        self._lanes = Lanes.of_running_loop()
+        self._in_line = False
+        """Whether a batch waits until others are written."""
         self._waker: asyncio.Future[None] | None = None
         """What the task waits for while it has nothing to do, or makes a pause."""
         self._idle = False
@@ -199,7 +203,7 @@ class FileSink:
         """Wait for the writer's end as long as bytes move."""
         before = -1
         while self._task is not None and not self._task.done():
-            if self._file.taken_bytes == before:
+            if self._file.taken_bytes == before and not self._in_line:
                 return False
             before = self._file.taken_bytes
             await asyncio.wait({self._task}, timeout=GIVEN_UP_AFTER)
@@ -242,11 +246,17 @@ class FileSink:
     async def _write(self, disk: Any) -> None:
         self._take()
         try:
-            await disk.writelines(self._writing)
+            await self._give_to(disk)
         except OSError as error:
             await self._insist(disk, error)
         else:
             self._batch_written()
+
+    async def _give_to(self, disk: Any) -> None:
+        self._in_line = True
+        async with self._lanes.one():
+            self._in_line = False
+            await disk.writelines(self._writing)
 
     async def _insist(self, disk: Any, refused: BaseException) -> None:
         """Try what is left of a batch again, until it is written or patience is at its end.
@@ -259,7 +269,7 @@ class FileSink:
             await self._pause(pause)
             pause = min(pause * 2, LONGEST_PAUSE)
             try:
-                await disk.writelines(self._writing)
+                await self._give_to(disk)
             except OSError as error:
                 refused = error
             else:
