@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from benchmarks._writers import log_directory
-from benchmarks.soak import MOST_GROWTH, Shelf, console, judged, soak
+from benchmarks.soak import MOST_GROWTH, Shelf, console, judged, shared_processors, soak
 from tests.real.streams import console_is
 
 LONG = os.environ.get("AELASTIC_TEST_LONG") == "1"
@@ -23,7 +23,13 @@ async def test_every_byte_arrives_while_everything_goes_wrong(tmp_path: Path) ->
             text = io.TextIOWrapper(end, write_through=True)
             with console_is(text):
                 seen = await soak(
-                    directory, str(records), ranks=RANKS, size=SIZE, piece_bytes=1 << 20, kill_every=KILL_EVERY
+                    directory,
+                    str(records),
+                    ranks=RANKS,
+                    size=SIZE,
+                    piece_bytes=1 << 20,
+                    kill_every=KILL_EVERY,
+                    processors=shared_processors(),
                 )
             text.close()
         shelf = Shelf()
