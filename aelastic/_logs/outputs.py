@@ -29,6 +29,8 @@ from .pump import Pump
 TAIL_LINES = 40
 """Lines of `tail`."""
 OPEN_WITHIN = 5.0
+STREAMS_A_TURN = 32
+"""So many are made ready in one turn of the loop, which takes a millisecond."""
 Key = tuple[int, Std]
 
 
@@ -116,10 +118,10 @@ class Outputs:
             on_broken=on_broken,
             buffer_bytes=buffer_bytes,
         )
-        outputs._prepare(hub, attempt)
+        await outputs._prepare(hub, attempt)
         return outputs
 
-    def _prepare(self, hub: LineHub, attempt: int) -> None:
+    async def _prepare(self, hub: LineHub, attempt: int) -> None:
         piped = [(rank, std) for rank, of_rank in self._plans.items() for std in STREAMS if self._is_piped(rank, std)]
         self._prefixes = {key: self._prefix_of(*key) for key in piped}
         try:
@@ -129,7 +131,9 @@ class Outputs:
             raise OSError(error.errno, why) from None
         self._pipes = dict(zip(piped, pipes, strict=True))
         streams = hub.begin(self._plans, attempt)
-        for key in piped:
+        for count, key in enumerate(piped):
+            if count % STREAMS_A_TURN == STREAMS_A_TURN - 1:
+                await asyncio.sleep(0)
             self._pumps[key] = self._pump(key, streams[key])
         for sink in (*self._filtered.values(), *self._sinks.values()):
             sink.start()
