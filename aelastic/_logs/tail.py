@@ -20,6 +20,8 @@ TAIL_LINES = 1000
 WINDOW_BYTES = 2 << 20
 """How far a reader may fall behind before it loses lines, give or take a chunk."""
 WINDOW_LINES = 20_000
+CHUNK_BYTES = 16
+"""The least that a chunk counts for: where a stream is read byte by byte, its chunks take far more than its bytes."""
 LOSSLESS_BYTES = 8 << 20
 """How much is kept for a reader that must lose nothing while the worker is no longer held back."""
 
@@ -89,7 +91,11 @@ class Tail:
         while len(self.chunks) > 1:
             oldest = self.chunks[0]
             after = oldest.start + len(oldest.data)
-            enough = self.size - after >= most_bytes or self.lines - self.first_number + 1 - oldest.lines >= most_lines
+            enough = (
+                self.size - after >= most_bytes
+                or self.lines - self.first_number + 1 - oldest.lines >= most_lines
+                or len(self.chunks) > most_bytes // CHUNK_BYTES
+            )
             if not enough or (keep_from is not None and keep_from < after):
                 return
             self._drop(oldest)

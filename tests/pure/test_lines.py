@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aelastic._logs.lines import MATCH_BYTES, Matching, Prefixed, rest_of
-from aelastic._logs.tail import TAIL_LINES, VIEW_BYTES, Cursor, RawLine, Tail
+from aelastic._logs.tail import CHUNK_BYTES, TAIL_LINES, VIEW_BYTES, Cursor, RawLine, Tail
 
 PREFIX = b"[job0]:"
 # Few letters, so that newlines, carriage returns, NUL and halves of characters meet at every edge.
@@ -166,6 +166,17 @@ def test_the_tail_keeps_the_newest_lines() -> None:
     tail.append(b"prompt> ", 0, 5000)
     assert [raw.data for raw in tail.last(2)] == [b"line 4999", b"prompt> "]
     assert len(tail.chunks) <= TAIL_LINES + 1
+
+
+def test_a_tail_that_came_byte_by_byte_is_bounded_too() -> None:
+    """What its chunks take is bounded, not only their bytes, and the last lines are there."""
+    tail = Tail()
+    for at_ns in range(100_000):
+        byte = b"\n" if at_ns % 100 == 99 else b"x"
+        tail.append(byte, byte.count(b"\n"), at_ns)
+        tail.trim(1 << 16, TAIL_LINES)
+    assert len(tail.chunks) <= (1 << 16) // CHUNK_BYTES
+    assert [(raw.number, raw.data) for raw in tail.last(40)] == [(number, b"x" * 99) for number in range(961, 1001)]
 
 
 @given(TEXTS, st.lists(st.integers(min_value=0)), st.integers(0, 6), st.integers(1, 6), st.booleans())
