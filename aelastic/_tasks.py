@@ -99,13 +99,11 @@ async def outlast(
 
 
 async def first_of(*futures: asyncio.Future[Any], timeout: float | None = None) -> None:
-    """Wait until one of these is done; none is cancelled.
+    """Wait until one of these is done, a turn of the loop at the least; none is cancelled.
 
     Args:
         timeout: seconds at the most; None waits for ever.
     """
-    if any(future.done() for future in futures):
-        return
     loop = asyncio.get_running_loop()
     woken = loop.create_future()
     timer = None if timeout is None else loop.call_later(timeout, _wake, woken)
