@@ -128,7 +128,7 @@ class Voice:
             elif self._may_show_unfinished():
                 if place.waiting_bytes:
                     return True
-                self._put(self._view.held[self._shown :])
+                self._put([*self._marker(), *self._view.held[self._shown :]])
                 self._shown = len(self._view.held)
                 place.unfinished = self
             return False

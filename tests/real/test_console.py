@@ -112,6 +112,27 @@ async def test_an_unfinished_line_waits_while_another_is_shown() -> None:
     assert await finished(console, pipe) == b"[0]:one\n[1]:two\n"
 
 
+@pytest.mark.parametrize("rest", [b"\n", b" of it\n"])
+async def test_what_was_left_out_is_told_before_an_unfinished_line_is_shown(
+    rest: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not when the line is complete: the marker would stand in the midst of it."""
+    stalled = True
+    monkeypatch.setattr(Place, "stalled", property(lambda _: stalled))
+    monkeypatch.setattr(voice_file, "STALLED_BYTES", 0)
+    pipe = PipeConsole()
+    with console_is(pipe.text):
+        console = Console()
+    voice = speaker(console, 0)
+    said(voice, b"one\ntwo\n")
+    stalled = False
+    said(voice, b"half")
+    voice.hush()
+    said(voice, rest)
+    marker = b"[0]:(2 lines were left out here: the console was stalled; everything is in /logs/0.log)\n"
+    assert await finished(console, pipe) == marker + b"[0]:half" + rest
+
+
 async def test_a_stalled_console_stalls_nobody(tmp_path: Path) -> None:
     """While nobody reads the console, worker and file go on; lines left out are counted where it moves again."""
     lines = [b"line %07d" % number for number in range(1 << 18)]

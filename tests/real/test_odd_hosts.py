@@ -100,11 +100,13 @@ async def test_a_child_that_got_the_number_of_a_collected_worker_is_neither_wait
     worker = ForkedChild(pid)
     assert worker.pidfd is not None
     os.waitpid(pid, 0)
-    with process_of_pid(pid) as other:
-        worker.collect(worker.pidfd)  # by number it would wait for the other one's end
-        assert worker.done.done()
-        assert os.waitpid(other, os.WNOHANG) == (0, 0)
-    os.close(worker.pidfd)
+    try:
+        with process_of_pid(pid) as other:
+            worker.collect(worker.pidfd)  # by number it would wait for the other one's end
+            assert worker.done.done()
+            assert os.waitpid(other, os.WNOHANG) == (0, 0)
+    finally:
+        os.close(worker.pidfd)
 
 
 STARTS = ("aelastic._process.launch", None, "start_collected")
