@@ -273,7 +273,12 @@ class Console:
         with self._lock:
             place = self._places.get(key)
             if place is None or place.closed:
-                place = self._places[key] = Place(key, {std: terminal_of(stream)})
+                terminal = terminal_of(stream)
+                try:
+                    place = self._places[key] = Place(key, {std: terminal})
+                except RuntimeError:  # no thread is left
+                    terminal.close()
+                    raise
             elif std not in place.terminals:
                 place.terminals[std] = terminal_of(stream)
             place.leases += 1

@@ -3,8 +3,8 @@
 Every write runs on the run's own executor, one at a time for each file, by one of two ways:
 
 - aiofiles: batches of 64 KiB and more, and all that a disk refused. The writer's task awaits each as a job of its own,
-  in one of the loop's few lanes (`lanes`). It is begun when there is such work for the first time, or at
-  the end: most streams never say that much.
+  in one of the loop's few lanes (`lanes`). The task is begun when there is such work for the first time, or at the end:
+  most streams never say that much.
 - The desk (`desk`): opening, closing, and batches of less than 64 KiB, which wait up to half a second for
   company. Those of all files go in one job: with many chatty workers a job, a future and the waking of a task for each
   cost ten times the write. Nothing is awaited on this way; what fails there is handed to the writer's task.
@@ -99,8 +99,8 @@ class FileSink:
         """When the next write of less than 64 KiB may begin, on the loop's clock."""
         self._desk = Desk.of(executor)
         self._lanes = Lanes.of_running_loop()
-        self._in_line = False
-        """Whether a batch waits until others are written."""
+        self._reached_disk: float | None = 0.0
+        """When the newest batch had its turn, on the loop's clock; None while others have theirs."""
         self._waker: asyncio.Future[None] | None = None
         """What the task waits for while it has nothing to do, or makes a pause."""
         self._idle = False
@@ -201,12 +201,16 @@ class FileSink:
 
     async def _written(self) -> bool:
         """Wait for the writer's end as long as bytes move."""
-        before = -1
+        loop = asyncio.get_running_loop()
+        before, moved = self._file.taken_bytes, loop.time()
         while self._task is not None and not self._task.done():
-            if self._file.taken_bytes == before and not self._in_line:
+            now = loop.time()
+            if self._file.taken_bytes != before or self._reached_disk is None:
+                before, moved = self._file.taken_bytes, now
+            left = max(moved, self._reached_disk or 0.0) + GIVEN_UP_AFTER - now
+            if left <= 0:
                 return False
-            before = self._file.taken_bytes
-            await asyncio.wait({self._task}, timeout=GIVEN_UP_AFTER)
+            await asyncio.wait({self._task}, timeout=left)
         return True
 
     async def _compressed(self) -> None:
@@ -253,9 +257,9 @@ class FileSink:
             self._batch_written()
 
     async def _give_to(self, disk: Any) -> None:
-        self._in_line = True
-        async with self._lanes.one():
-            self._in_line = False
+        self._reached_disk = None
+        async with self._lanes.one(self._writing_bytes):
+            self._reached_disk = asyncio.get_running_loop().time()
             await disk.writelines(self._writing)
 
     async def _insist(self, disk: Any, refused: BaseException) -> None:

@@ -1,8 +1,8 @@
 """How many files of one loop are written at the same time: so many that the loop has a processor, too.
 
 What a disk takes at once is copied from memory to memory, which needs a processor as the loop does. Were as many files
-written as there are threads, the loop would stand in line behind all of them. A write that lasts waits for the disk and
-not for a processor: it holds up nobody.
+written as there are threads, the loop would stand in line behind all of them. A write that goes on for longer than the
+copying of its bytes takes waits for the disk and not for a processor: it holds up nobody.
 """
 
 from __future__ import annotations
@@ -13,10 +13,20 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import ClassVar, final
 
-LASTS = 0.05
-"""Seconds after which a write is known to wait for its disk."""
+COPIED_IN_A_SECOND = 256 << 20
+"""Bytes that a slow processor copies; also beside others who want it."""
+
+
+@final
+@dataclass(slots=True, eq=False)
+class Lane:
+    """One write on its way."""
+
+    until: float
+    """When its bytes are certainly copied, on the loop's clock."""
 
 
 @final
@@ -27,9 +37,10 @@ class Lanes:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._entered: list[float] = []
-        """When each write began that is under way, on the loop's clock."""
-        self._waiting: deque[asyncio.Future[float]] = deque()
+        self._taken: set[Lane] = set()
+        self._line: deque[tuple[asyncio.Future[Lane], int]] = deque()
+        """Who waits, each with its bytes."""
+        self._timer: asyncio.TimerHandle | None = None
 
     @classmethod
     def of_running_loop(cls) -> Lanes:
@@ -41,48 +52,54 @@ class Lanes:
         return lanes
 
     @asynccontextmanager
-    async def one(self) -> AsyncIterator[None]:
-        """Have a lane for one write.
+    async def one(self, size: int) -> AsyncIterator[None]:
+        """Have a lane for one write of so many bytes.
 
         Cancellation: gives it, or the place in the line, to those behind.
         """
-        entered = self._enter() if self._is_free() and not self._waiting else await self._wait()
+        lane = await self._wait(size) if self._line or not self._is_free() else self._take(size)
         try:
             yield
         finally:
-            self._leave(entered)
+            self._leave(lane)
 
     def _is_free(self) -> bool:
         now = asyncio.get_running_loop().time()
-        return sum(now - entered < LASTS for entered in self._entered) < self._count
+        return sum(lane.until > now for lane in self._taken) < self._count
 
-    def _enter(self) -> float:
-        entered = asyncio.get_running_loop().time()
-        self._entered.append(entered)
-        return entered
+    def _take(self, size: int) -> Lane:
+        lane = Lane(asyncio.get_running_loop().time() + size / COPIED_IN_A_SECOND)
+        self._taken.add(lane)
+        return lane
 
-    async def _wait(self) -> float:
-        place: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-        self._waiting.append(place)
+    async def _wait(self, size: int) -> Lane:
+        place: asyncio.Future[Lane] = asyncio.get_running_loop().create_future()
+        self._line.append((place, size))
+        self._let_in()
         try:
-            while not place.done():
-                await asyncio.wait({place}, timeout=LASTS)
-                self._let_in()
+            return await place
         except asyncio.CancelledError:
-            if place.done():
+            if place.done() and not place.cancelled():
                 self._leave(place.result())
-            else:
-                self._waiting.remove(place)
             raise
-        return place.result()
 
-    def _leave(self, entered: float) -> None:
-        self._entered.remove(entered)
+    def _leave(self, lane: Lane) -> None:
+        self._taken.remove(lane)
         self._let_in()
 
     def _let_in(self) -> None:
-        while self._waiting and self._is_free():
-            self._waiting.popleft().set_result(self._enter())
+        while self._line and (self._line[0][0].done() or self._is_free()):
+            place, size = self._line.popleft()
+            if not place.done():  # else its owner was cancelled
+                place.set_result(self._take(size))
+        if self._line and self._timer is None:
+            loop = asyncio.get_running_loop()
+            due = min((lane.until for lane in self._taken if lane.until > loop.time()), default=loop.time())
+            self._timer = loop.call_at(due, self._look_again)
+
+    def _look_again(self) -> None:
+        self._timer = None
+        self._let_in()
 
 
 def _processors() -> int:

@@ -118,7 +118,12 @@ class Outputs:
             on_broken=on_broken,
             buffer_bytes=buffer_bytes,
         )
-        await outputs._prepare(hub, attempt)
+        try:
+            await outputs._prepare(hub, attempt)
+        except BaseException:
+            for pipe in outputs._pipes.values():
+                pipe.close()
+            raise
         return outputs
 
     async def _prepare(self, hub: LineHub, attempt: int) -> None:
@@ -153,7 +158,7 @@ class Outputs:
     def _pump(self, key: Key, stream: HubStream) -> Pump:
         rank, std = key
         plan, prefix = self._plans[rank][std], self._prefixes[key]
-        words = [word.encode() for word in self._filters.get(std) or ()]
+        words = [word.encode("utf-8", "surrogatepass") for word in self._filters.get(std) or ()]
         if plan.path:
             self._sinks[key] = self._sink(plan)
         return Pump(

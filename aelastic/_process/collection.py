@@ -31,6 +31,15 @@ ONE_FORK = threading.Lock()
 """uvloop refuses to fork in two threads at once ("racing with another loop"), and then leaves descriptors open."""
 
 
+def _forked() -> None:
+    """Begin anew in a forked child: the lock may be held by a thread that is not there."""
+    global ONE_FORK  # noqa: PLW0603  # of this file
+    ONE_FORK = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 async def start_collected(argv: tuple[str | bytes, ...], collection: Collection, **settings: Any) -> None:
     """Start a child by `asyncio.create_subprocess_exec`, with a pidfd of it before anybody waits for it.
 
@@ -198,8 +207,10 @@ class Collection:
     @property
     def status(self) -> ExitStatus | None:
         """As asyncio tells it; None while it doesn't, or can't know."""
-        if self.returncode is None or (self.returncode == UNKNOWN_RETURNCODE and self.taken):
+        if self.returncode is None:
             return None
+        if self.returncode == UNKNOWN_RETURNCODE and (self.taken or self.pidfd is not None):
+            return None  # through the pidfd it would have been seen before it was collected: another waiter was faster
         return ExitStatus.from_returncode(self.returncode)
 
     def was_collected(self) -> None:

@@ -74,6 +74,8 @@ class Process:
         """Monotonic nanoseconds at which the end was seen, maybe a little before it is told; 0 before."""
         self.usage = ExitUsage()
         """Known at the exit where the figures could be read before anybody collected the process."""
+        self._seen: ExitStatus | None = None
+        """Its status as the zombie told it."""
         self.exited: asyncio.Future[ExitStatus] = self._loop.create_future()
         """Resolved as soon as the process has ended, whatever it left running; never fails."""
         self.held_ticks = child.held_ticks
@@ -108,21 +110,27 @@ class Process:
     def _end_seen(self) -> None:
         if self.pidfd is None:
             return
-        self.exit_ns = self.exit_ns or time.monotonic_ns()
+        if not self.exit_ns:
+            self.exit_ns = time.monotonic_ns()
+            self._look_at_zombie(self.pidfd)
         if not self._pace.admits():
             return  # the reader is called again in the next turn
         self._loop.remove_reader(self.pidfd)
-        now, seconds = procfs.now_ticks(), cpu_seconds(self.pid)
-        status = platform.peek_status(self.pidfd)
         if self.cgroup:
             self.usage = usage_of(self.cgroup)
-        if status is not None:
-            # Still there after the figures were read, so they were its own.
-            self.held_ticks, self.usage = now, self.usage if self.cgroup else ExitUsage(cpu_seconds=seconds)
-            self._resolve(status)
+        if self._seen is not None:
+            self._resolve(self._seen)
         else:
             self._child.was_collected()
             self._ask(PAUSES)
+
+    def _look_at_zombie(self, pidfd: int) -> None:
+        """Read what it tells, at once: asyncio may collect it before this turn ends."""
+        now, seconds = procfs.now_ticks(), cpu_seconds(self.pid)
+        self._seen = platform.peek_status(pidfd)
+        if self._seen is not None:
+            # Still there after the figures were read, so they were its own.
+            self.held_ticks, self.usage = now, ExitUsage(cpu_seconds=seconds)
 
     def _ask(self, pauses: tuple[float, ...]) -> None:
         """Ask the kernel and asyncio; again a little later while another thread is just collecting."""

@@ -94,8 +94,19 @@ def peek_status(pidfd: int) -> ExitStatus | None:
         waited = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT | os.WNOHANG)
     except OSError:
         return None
-    if waited is None:
-        return None
+    return None if waited is None else _status_of(waited)
+
+
+def collect(pidfd: int) -> ExitStatus:
+    """Collect a child of ours that has ended; unknown where somebody else did. By its number another could be meant."""
+    try:
+        waited = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    except ChildProcessError:
+        return ExitStatus(None, None)
+    return ExitStatus(None, None) if waited is None else _status_of(waited)
+
+
+def _status_of(waited: os.waitid_result) -> ExitStatus:
     if waited.si_code == os.CLD_EXITED:
         return ExitStatus(waited.si_status, None)
     return ExitStatus(None, waited.si_status)

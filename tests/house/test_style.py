@@ -12,17 +12,8 @@ import pytest
 from tests.house.source import FILES, place, tree
 
 BANNED = frozenset("handler manager util utils helper helpers common base misc info".split())
-KEPT = frozenset(
-    {
-        "ErrorHandler",
-        "get_error_handler",
-        "error_handler",
-        "PIDFD_GET_INFO",
-        "PIDFD_INFO_EXIT",
-        "add_child_handler",
-    }
-)
-"""Names that are torch's, the kernel's or asyncio's."""
+KEPT = frozenset({"ErrorHandler", "get_error_handler", "error_handler", "PIDFD_GET_INFO", "PIDFD_INFO_EXIT"})
+"""Names that are torch's or the kernel's."""
 
 
 def names(module: ast.Module) -> Iterator[tuple[int, str]]:

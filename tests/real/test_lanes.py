@@ -8,21 +8,24 @@ from pathlib import Path
 import pytest
 
 from aelastic._logs.files import FileSink
-from aelastic._logs.lanes import LASTS, Lanes
+from aelastic._logs.lanes import COPIED_IN_A_SECOND, Lanes
 from aelastic._threads import Threads
 from tests.real.streams import until
+
+LONG, SHORT = 60 * COPIED_IN_A_SECOND, 0
+"""Bytes of a write that needs a processor for a minute, and of one that never does."""
 
 
 class Write:
     """One that goes on until it is told to end."""
 
-    def __init__(self, lanes: Lanes) -> None:
+    def __init__(self, lanes: Lanes, size: int = LONG) -> None:
         self.begun = False
         self.end = asyncio.Event()
-        self.task = asyncio.ensure_future(self._go(lanes))
+        self.task = asyncio.ensure_future(self._go(lanes, size))
 
-    async def _go(self, lanes: Lanes) -> None:
-        async with lanes.one():
+    async def _go(self, lanes: Lanes, size: int) -> None:
+        async with lanes.one(size):
             self.begun = True
             await self.end.wait()
 
@@ -33,8 +36,7 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
-async def test_as_many_write_as_there_are_lanes_first_come_first_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aelastic._logs.lanes.LASTS", 60.0)
+async def test_as_many_write_as_there_are_lanes_first_come_first_served() -> None:
     lanes = Lanes(2)
     writes = [Write(lanes) for _ in range(5)]
     await turns()
@@ -49,25 +51,23 @@ async def test_as_many_write_as_there_are_lanes_first_come_first_served(monkeypa
     await asyncio.gather(*(write.task for write in (*writes, late)))
 
 
-async def test_a_write_that_lasts_gives_its_lane_away() -> None:
+async def test_a_write_that_lasts_for_longer_than_its_bytes_gives_its_lane_away() -> None:
+    """It waits for its disk: many disks that are slow, or hang, are waited for at the same time."""
     lanes = Lanes(1)
-    hanging = [Write(lanes) for _ in range(3)]
-    await until(lambda: all(write.begun for write in hanging))
-    await asyncio.sleep(LASTS)
-    prompt = Write(lanes)
-    await turns()
-    assert prompt.begun
-    for write in (*hanging, prompt):
+    slow = [Write(lanes, COPIED_IN_A_SECOND // 1000) for _ in range(50)]
+    began = asyncio.get_running_loop().time()
+    await until(lambda: all(write.begun for write in slow))
+    assert asyncio.get_running_loop().time() - began >= 0.04  # one after the other, a millisecond each
+    prompt = Write(lanes, SHORT)
+    await until(lambda: prompt.begun)
+    for write in (*slow, prompt):
         write.end.set()
-    await asyncio.gather(*(write.task for write in (*hanging, prompt)))
+    await asyncio.gather(*(write.task for write in (*slow, prompt)))
 
 
 @pytest.mark.parametrize("step", range(4))
-async def test_who_is_cancelled_leaves_the_line_and_the_lane_to_others(
-    step: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_who_is_cancelled_leaves_the_line_and_the_lane_to_others(step: int) -> None:
     """Cancelled in the line, in the very turn in which it is let in, and within."""
-    monkeypatch.setattr("aelastic._logs.lanes.LASTS", 60.0)
     lanes = Lanes(1)
     first, second, third = (Write(lanes) for _ in range(3))
     await turns()
@@ -87,7 +87,6 @@ async def test_who_is_cancelled_leaves_the_line_and_the_lane_to_others(
 async def test_a_file_that_waits_in_line_is_not_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long those before it take: it is no disk that doesn't answer."""
     monkeypatch.setattr("aelastic._logs.files.GIVEN_UP_AFTER", 0.5)
-    monkeypatch.setattr("aelastic._logs.lanes.LASTS", 60.0)
     lost = list[tuple[int, str]]()
     lanes = Lanes.of_running_loop()
     others = [Write(lanes) for _ in range(64)]

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from aelastic._exit import ExitStatus
+from aelastic._process import platform
 from tests.real.children import NET, child
 
 WATCHERS = sys.version_info < (3, 12)
@@ -46,10 +47,21 @@ async def test_no_thread_waits_for_a_child(untouched: object) -> None:
 
 
 @needs_watchers
-async def test_a_start_that_fails_leaves_the_hosts_watcher(untouched: object) -> None:
+async def test_neither_policy_nor_loop_is_another_after_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy is everybody's: who chooses a watcher, or spawns, in another thread meanwhile meets nothing of us."""
+
+    def nobody_sets(watcher: object) -> None:
+        raise AssertionError("a watcher was set")
+
+    monkeypatch.setattr(asyncio.get_event_loop_policy(), "set_child_watcher", nobody_sets)
+    before = dict(vars(asyncio.get_running_loop())) if is_asyncio() else {}
+    async with child("sleep", "60"):
+        pass
     with pytest.raises(FileNotFoundError, match="no such program was found"):
         async with child("no-such-program"):
             pass
+    if is_asyncio():
+        assert vars(asyncio.get_running_loop()).keys() == before.keys()
 
 
 @needs_watchers
@@ -65,6 +77,30 @@ async def test_a_child_is_waited_for_in_a_thread_where_there_are_no_pidfds(
     monkeypatch.setattr(os, "pidfd_open", no_pidfds)
     async with child("sh", "-c", "read line; exit 3") as started:
         assert await asyncio.wait_for(started.process.exited, NET) == ExitStatus(3, None)
+
+
+@needs_watchers
+async def test_a_child_is_waited_for_in_a_thread_where_python_knows_of_no_pidfds(
+    untouched: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on macOS."""
+    if not is_asyncio():
+        pytest.skip("uvloop watches by SIGCHLD")
+    monkeypatch.setattr("aelastic._process.platform.LINUX", False)
+    monkeypatch.delattr(os, "pidfd_open")
+    async with child("sh", "-c", "read line; exit 3") as started:
+        assert await asyncio.wait_for(started.process.exited, NET) == ExitStatus(3, None)
+
+
+def test_who_was_collected_by_another_is_not_waited_for() -> None:
+    """Its number may be another child's by now."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(7)
+    pidfd = os.pidfd_open(pid)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    assert platform.collect(pidfd) == ExitStatus(None, None)
+    os.close(pidfd)
 
 
 @needs_watchers
@@ -90,7 +126,7 @@ async def test_the_watcher_that_the_host_chose_collects() -> None:
 
 
 async def test_loops_of_several_threads_start_ours_and_their_own_at_once(untouched: object) -> None:
-    """The policy is everybody's: whoever spawns while ours is in it, in whatever loop, learns the true return code."""
+    """Whoever spawns, in whatever loop, learns the true return code."""
 
     async def ours() -> list[int | None]:
         codes: list[int | None] = []
