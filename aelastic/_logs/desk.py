@@ -143,7 +143,8 @@ class Desk:
             self._next_look.cancel()
             self._next_look = None
         self._hand_out()
-        job.result()
+        if not job.cancelled():  # as it is when the executor is closed while others hang
+            job.result()
 
     def _look(self) -> None:
         self._hand_out()

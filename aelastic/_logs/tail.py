@@ -20,8 +20,9 @@ TAIL_LINES = 1000
 WINDOW_BYTES = 2 << 20
 """How far a reader may fall behind before it loses lines, give or take a chunk."""
 WINDOW_LINES = 20_000
-CHUNK_BYTES = 16
-"""The least that a chunk counts for: where a stream is read byte by byte, its chunks take far more than its bytes."""
+CHUNKS, CHUNK_BYTES = 4096, 64
+"""How many chunks are kept at the most: these, or one for each 64 bytes of the limit. Where a stream is read byte by byte
+its chunks take far more than its bytes."""
 LOSSLESS_BYTES = 8 << 20
 """How much is kept for a reader that must lose nothing while the worker is no longer held back."""
 
@@ -94,7 +95,7 @@ class Tail:
             enough = (
                 self.size - after >= most_bytes
                 or self.lines - self.first_number + 1 - oldest.lines >= most_lines
-                or len(self.chunks) > most_bytes // CHUNK_BYTES
+                or len(self.chunks) > max(CHUNKS, most_bytes // CHUNK_BYTES)
             )
             if not enough or (keep_from is not None and keep_from < after):
                 return
@@ -131,7 +132,7 @@ class Cursor:
         self._skipped = 0
         self._index = -1
         self._offset = 0
-        self._held = b""
+        self._held: bytes | bytearray = b""
         self._truncated = False
         self._at_ns = 0
         self._done = False
@@ -216,7 +217,7 @@ class Cursor:
     def _seen(self, *, partial: bool) -> RawLine:
         return RawLine(
             number=self._number,
-            data=self._held,
+            data=bytes(self._held),
             at_ns=self._at_ns,
             partial=partial,
             truncated=self._truncated,
@@ -235,7 +236,11 @@ class Cursor:
         room = VIEW_BYTES - len(self._held)
         self._truncated = self._truncated or end - self._offset > room
         part = data[self._offset : min(end, self._offset + room)]
-        self._held = self._held + part if self._held else part
+        if not self._held:
+            self._held = part
+        elif part:  # of a line in many small chunks not all is copied for each
+            self._held = self._held if isinstance(self._held, bytearray) else bytearray(self._held)
+            self._held += part
 
     def _step(self, chunk: Chunk, offset: int) -> None:
         self._offset = offset

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aelastic._logs.lines import MATCH_BYTES, Matching, Prefixed, rest_of
-from aelastic._logs.tail import CHUNK_BYTES, TAIL_LINES, VIEW_BYTES, Cursor, RawLine, Tail
+from aelastic._logs.tail import CHUNKS, TAIL_LINES, VIEW_BYTES, Cursor, RawLine, Tail
 
 PREFIX = b"[job0]:"
 # Few letters, so that newlines, carriage returns, NUL and halves of characters meet at every edge.
@@ -175,7 +175,7 @@ def test_a_tail_that_came_byte_by_byte_is_bounded_too() -> None:
         byte = b"\n" if at_ns % 100 == 99 else b"x"
         tail.append(byte, byte.count(b"\n"), at_ns)
         tail.trim(1 << 16, TAIL_LINES)
-    assert len(tail.chunks) <= (1 << 16) // CHUNK_BYTES
+    assert len(tail.chunks) <= CHUNKS
     assert [(raw.number, raw.data) for raw in tail.last(40)] == [(number, b"x" * 99) for number in range(961, 1001)]
 
 
