@@ -21,8 +21,8 @@ WINDOW_BYTES = 2 << 20
 """How far a reader may fall behind before it loses lines, give or take a chunk."""
 WINDOW_LINES = 20_000
 CHUNKS, CHUNK_BYTES = 4096, 64
-"""How many chunks are kept at the most: these, or one for each 64 bytes of the limit. Where a stream is read byte by byte
-its chunks take far more than its bytes."""
+"""How many chunks are kept at the most: so many, or one for each 64 bytes of the limit. Where a stream is read byte by
+byte its chunks take far more than its bytes."""
 LOSSLESS_BYTES = 8 << 20
 """How much is kept for a reader that must lose nothing while the worker is no longer held back."""
 
