@@ -42,8 +42,8 @@ def make_room(needed: int) -> None:
     """Let the kernel's table of our descriptors grow for so many more, once and now; never fails.
 
     In a process with threads each growth waits for all processors of the machine (expand_files in fs/file.c), for 5 to
-    20 ms. So it is asked for in a thread, unless there is none yet: the loop would wait for it in the midst of opening
-    pipes.
+    20 ms: not for the loop's own thread then, and better before the pipes are opened than in the midst of it. While
+    there is one thread (`has_one_thread`) it takes microseconds.
     """
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     last = open_descriptors() + needed

@@ -241,8 +241,8 @@ class Worker:
             self._judge(self, failed=await self._has_failed())
             await self._linger()
         survivors = await self._extinguish()
-        if self._process.has_ended():
-            await first_of(self._process.exited)  # a moment later, where another waiter of the host took the status
+        if not self._process.exited.done() and self._process.has_ended():
+            await first_of(self._process.exited)  # told a moment later: another waiter of the host took the status
         await self._outputs.finish(self.rank, within=self._policy.drain)
         self.state = after(self.rank, self.state, Fact.END_REACHED)
         await self._process.reaped(within=1.0)

@@ -25,7 +25,7 @@ from aelastic._child import forked, procfs
 from aelastic._descriptors import owned
 from aelastic._exit import ExitStatus
 from aelastic._limits import shortage
-from aelastic._process import Command, Confirmation, Process, needed_for
+from aelastic._process import Command, Confirmation, Process, collect, needed_for
 
 from .channel import ResultChannel
 
@@ -126,8 +126,7 @@ class ForkedChild:
             pidfd: of it. By its number another child could be meant, and waited for, if the kernel collected this one.
         """
         if pidfd is not None:
-            with contextlib.suppress(ChildProcessError):
-                os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+            collect(pidfd)
         if not self.done.done():
             self.done.set_result(None)
 

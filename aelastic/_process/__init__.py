@@ -21,6 +21,7 @@ from .cgroups import Cgroups, choose_cgroups
 from .collection import OnBorn
 from .handle import Process
 from .launch import Command, launch, resolve
+from .platform import collect
 from .signals import signal_alone
 from .trampoline import Confirmation, needed_for
 from .tree import Tree
@@ -33,6 +34,7 @@ __all__ = [
     "Process",
     "Tree",
     "choose_cgroups",
+    "collect",
     "launch",
     "needed_for",
     "resolve",

@@ -65,8 +65,9 @@ async def test_neither_policy_nor_loop_is_another_after_a_start(monkeypatch: pyt
 
 
 @needs_watchers
+@pytest.mark.parametrize("python_knows", [True, False], ids=["refused by the kernel", "as on macOS"])
 async def test_a_child_is_waited_for_in_a_thread_where_there_are_no_pidfds(
-    untouched: object, monkeypatch: pytest.MonkeyPatch
+    untouched: object, python_knows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not is_asyncio():
         pytest.skip("uvloop watches by SIGCHLD")
@@ -74,20 +75,11 @@ async def test_a_child_is_waited_for_in_a_thread_where_there_are_no_pidfds(
     def no_pidfds(pid: int, flags: int = 0) -> int:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(os, "pidfd_open", no_pidfds)
-    async with child("sh", "-c", "read line; exit 3") as started:
-        assert await asyncio.wait_for(started.process.exited, NET) == ExitStatus(3, None)
-
-
-@needs_watchers
-async def test_a_child_is_waited_for_in_a_thread_where_python_knows_of_no_pidfds(
-    untouched: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on macOS."""
-    if not is_asyncio():
-        pytest.skip("uvloop watches by SIGCHLD")
-    monkeypatch.setattr("aelastic._process.platform.LINUX", False)
-    monkeypatch.delattr(os, "pidfd_open")
+    if python_knows:
+        monkeypatch.setattr(os, "pidfd_open", no_pidfds)
+    else:
+        monkeypatch.setattr("aelastic._process.platform.LINUX", False)
+        monkeypatch.delattr(os, "pidfd_open")
     async with child("sh", "-c", "read line; exit 3") as started:
         assert await asyncio.wait_for(started.process.exited, NET) == ExitStatus(3, None)
 
